@@ -1,0 +1,38 @@
+# Thin: every target is one or two commands that anyone could type. Start with `make book`.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+
+.PHONY: book html test lint publish setup clean
+
+book: setup  ## run every chapter that is not done, then build the book
+	$(BIN)/saelib run all
+	$(BIN)/saelib book
+
+html: setup  ## build the book from the committed outputs, running nothing
+	$(BIN)/saelib book --committed
+
+test: lint  ## lint, re-run the notebooks against their committed outputs, unit tests
+	$(BIN)/pytest --nbval notebooks
+	$(BIN)/pytest tests
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+publish: setup  ## the one way to refresh results/ and the outputs in notebooks/
+	$(BIN)/saelib publish
+
+setup: .venv/installed
+
+.venv/installed: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $(PYTHON) is missing or older than 3.11: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	$(PYTHON) -m venv .venv
+	@echo "installing requirements.lock into .venv; the first time takes some minutes"
+	$(PIP) install --constraint requirements.lock "$$(grep '^torch==' requirements.lock)"
+	$(PIP) install --requirement requirements.lock
+	$(PIP) install --no-deps --no-build-isolation --editable .
+	@touch $@
+
+clean:  ## remove what runs made; the corpus cache and trained models stay
+	rm -rf _build/runs _build/results _build/check _build/site

@@ -1,0 +1,327 @@
+"""Token batches from text: the docstring corpus, a local file or folder, or any Hugging Face data set.
+
+One interface, three sources: `documents` yields them, `contexts` and `token_batches` turn any of them into
+`Int[Tensor, "batch context"]`.
+
+The docstring corpus is what every installation already holds: the docstrings of pinned packages, parsed with
+`ast` and never imported. Which split a docstring belongs to follows from the path of its module file. Texts that
+are equal once identifiers and digits are masked count as near-copies; a near-copy of a test text is dropped
+from validation and training, one of a validation text from training. So no split has seen another, and
+validation and test can be harvested without parsing the training files.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib.metadata
+import importlib.util
+import itertools
+import os
+import re
+import sysconfig
+import warnings
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pandas as pd
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from tqdm import tqdm
+
+from saelib import UserError
+from saelib.profile import BUILD, ROOT, Docstrings, HuggingFace, Local, Package, Profile
+
+SPLITS = ("test", "validation", "train")
+SHORTEST = 32
+"""Docstrings of fewer characters are left out: they say little beyond the name."""
+
+
+class Document(NamedTuple):
+    """One text, with where it comes from."""
+
+    text: str
+    package: str
+    """Import name of the package, or the name of the file or data set."""
+    name: str
+    """Dotted name of the object the docstring belongs to."""
+    kind: str
+    """`module`, `class`, `function`, or `text`."""
+
+
+# --- the docstring corpus ---------------------------------------------------------------------------------------------
+
+
+def split_of(relative_path: str) -> str:
+    """The split of a module file: 5 % test, 5 % validation, the rest training, by a hash of its path."""
+    bucket = int(hashlib.sha256(relative_path.encode()).hexdigest(), 16) % 20
+    return SPLITS[min(bucket, 2)]
+
+
+_MASK = re.compile(r"`[^`\n]*`|\w*[\d_]\w*|\w+(?=\()|[a-z]+[A-Z]\w*|[A-Z][a-z]+[A-Z]\w*|(?<=\w\.)\w+")
+
+
+def masked(text: str) -> str:
+    """The text with identifiers and digits masked and white space folded: equal for near-copies."""
+    return " ".join(_MASK.sub("#", text).split())
+
+
+def _package_folder(package: str) -> Path:
+    """Folder of an installed package, found without importing it."""
+    return Path(importlib.util.find_spec(package).origin).parent
+
+
+def _check_version(package: str, pinned: Package) -> None:
+    """The pinned version, or a UserError. A local tag such as `+cpu` does not count."""
+    try:
+        installed = importlib.metadata.version(pinned.distribution or package).split("+")[0]
+    except importlib.metadata.PackageNotFoundError:
+        installed = "none"
+    if installed != pinned.version:
+        raise UserError(
+            f"the corpus expects {pinned.distribution or package}=={pinned.version} but {installed} is installed: "
+            "install requirements.lock"
+        )
+
+
+def _source_files(config: Docstrings) -> Iterator[tuple[str, str, Path]]:
+    """(package, path within the package's parent, file) for all module files, in a fixed order."""
+    for package, pinned in sorted(config.packages.items()):
+        _check_version(package, pinned)
+        folder = _package_folder(package)
+        for file in sorted(folder.rglob("*.py"), key=lambda f: f.as_posix()):
+            yield package, file.relative_to(folder.parent).as_posix(), file
+    if config.standard_library:
+        folder = Path(sysconfig.get_paths()["stdlib"])
+        for file in sorted(folder.rglob("*.py"), key=lambda f: f.as_posix()):
+            relative = file.relative_to(folder)
+            if not {"site-packages", "test", "tests", "idlelib", "lib2to3"} & set(relative.parts):
+                yield "python", relative.as_posix(), file
+
+
+def _file_split(config: Docstrings, package: str, relative: str) -> str:
+    """Packages without a fingerprint, and the standard library, feed training only."""
+    pinned = config.packages.get(package)
+    return split_of(relative) if pinned is not None and pinned.fingerprint else "train"
+
+
+def _docstrings(package: str, relative: str, file: Path) -> Iterator[Document]:
+    """All docstrings of one module file. Files that Python cannot parse hold none."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SyntaxWarning)
+        warnings.simplefilter("ignore", DeprecationWarning)
+        try:
+            tree = ast.parse(file.read_bytes())
+        except (SyntaxError, ValueError):
+            return
+    module = relative.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+    stack = [(tree, module)]
+    while stack:
+        node, name = stack.pop()
+        text = ast.get_docstring(node)
+        if text and len(text) >= SHORTEST:
+            kind = {ast.Module: "module", ast.ClassDef: "class"}.get(type(node), "function")
+            yield Document(text, package, name, kind)
+        for child in reversed(list(_definitions(node))):
+            stack.append((child, f"{name}.{child.name}"))
+
+
+def _definitions(node: ast.AST) -> Iterator[ast.AST]:
+    """Classes and functions directly inside a node, also below `if`, `try` and `with`."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield child
+        elif isinstance(child, ast.stmt | ast.excepthandler):
+            yield from _definitions(child)
+
+
+def _read_split(config: Docstrings, split: str) -> list[Document]:
+    """Docstrings of the files of one split, without exact copies, near-copies of other splits still in."""
+    files = [entry for entry in _source_files(config) if _file_split(config, *entry[:2]) == split]
+    found: dict[str, Document] = {}
+    for entry in tqdm(files, desc=f"docstrings, {split}", unit="file", leave=False):
+        for document in _docstrings(*entry):
+            found.setdefault(document.text, document)
+    return list(found.values())
+
+
+def harvest(config: Docstrings, split: str) -> list[Document]:
+    """Docstrings of one split, near-copies of an earlier split (test before validation before training) left out.
+
+    Deterministic for given package versions, cached under `_build/cache` (written to a temporary name, then renamed).
+
+    Raises:
+        UserError: a package is missing, of another version, or its evaluation docstrings differ from the fingerprint.
+    """
+    if not _cache(config, split).is_file():
+        if split == "train":
+            evaluation = harvest(config, "test") + harvest(config, "validation")
+            found = {"train": _without(_read_split(config, "train"), evaluation)}
+        else:
+            found = {"test": _read_split(config, "test")}
+            found["validation"] = _without(_read_split(config, "validation"), found["test"])
+            check_fingerprints(config, found["test"] + found["validation"])
+        for name, kept in found.items():
+            _write_parquet(pd.DataFrame(kept, columns=Document._fields), _cache(config, name))
+    return [Document(*row) for row in pd.read_parquet(_cache(config, split)).itertuples(index=False)]
+
+
+def _without(found: list[Document], earlier: list[Document]) -> list[Document]:
+    """Documents that are no near-copy of an earlier one."""
+    seen = {masked(document.text) for document in earlier}
+    return [document for document in found if masked(document.text) not in seen]
+
+
+def fingerprints(config: Docstrings, evaluation: Iterable[Document]) -> dict[str, str]:
+    """Per package, the start of the SHA-256 over its test and validation docstrings in harvest order."""
+    digests = {package: hashlib.sha256() for package, pinned in config.packages.items() if pinned.fingerprint}
+    for document in evaluation:
+        digests[document.package].update(f"{document.name}\0{document.text}\0".encode())
+    return {package: digest.hexdigest()[:16] for package, digest in digests.items()}
+
+
+def check_fingerprints(config: Docstrings, evaluation: Iterable[Document]) -> None:
+    for package, found in fingerprints(config, evaluation).items():
+        pinned = config.packages[package]
+        if found != pinned.fingerprint:
+            raise UserError(
+                f"the docstrings of {package} differ from the profile's (found {found}, not {pinned.fingerprint}): "
+                f"reinstall {pinned.distribution or package}=={pinned.version} unmodified"
+            )
+
+
+def _cache(config: Docstrings, split: str) -> Path:
+    """Cache file of one split; its name changes with the packages, with this file, and with the Python that parses."""
+    parts = (config.model_dump_json(), Path(__file__).read_text(), sysconfig.get_python_version())
+    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
+    return BUILD / "cache" / f"docstrings-{split}-{key}.parquet"
+
+
+def _write_parquet(frame: pd.DataFrame, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    frame.to_parquet(partial)
+    partial.replace(path)
+
+
+# --- local text and Hugging Face data sets ----------------------------------------------------------------------------
+
+
+def _local(config: Local, split: str) -> Iterator[Document]:
+    """Files of a folder, or the blank-line-separated parts of one file; split by a hash of their content."""
+    path = config.path if config.path.is_absolute() else ROOT / config.path
+    if not path.exists():
+        raise UserError(f"no text at {config.path}: give a text file, or a folder of .txt and .md files")
+    files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.suffix in {".txt", ".md"})
+    found = False
+    for file in files:
+        try:
+            text = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot read {file.name} as UTF-8 text: {error}; convert it, or leave it out") from error
+        for part in re.split(r"\n\s*\n", text) if path.is_file() else [text]:
+            found = found or bool(part.strip())
+            if part.strip() and split_of(part) == split:
+                yield Document(part, file.name, file.name, "text")
+    if not found:
+        raise UserError(f"no text in {config.path}: the file or folder is empty")
+
+
+def _hub_rows(config: HuggingFace, split: str, seed: int | None) -> Iterator[dict]:
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(
+            config.name, config.config, split=config.hub_split, revision=config.revision, streaming=True
+        )
+    except (OSError, ValueError) as error:  # unreachable, unknown name, unknown configuration or split
+        raise UserError(f"cannot open data set {config.name!r}: {' '.join(str(error).split())}") from error
+    if config.column not in (rows.column_names or [config.column]):
+        raise UserError(
+            f"data set {config.name!r} has no column {config.column!r}; it has {', '.join(rows.column_names)}"
+        )
+    n = config.evaluation_documents
+    if split == "train":
+        rows = rows.skip(2 * n)
+        yield from rows.shuffle(seed=seed, buffer_size=10_000) if seed is not None else rows
+    else:
+        yield from (rows if split == "validation" else rows.skip(n)).take(n)
+
+
+# --- one interface ----------------------------------------------------------------------------------------------------
+
+
+def documents(profile: Profile, split: str, seed: int | None = None) -> Iterator[Document]:
+    """Documents of one split: in a fixed order, or shuffled by `seed` (streams: within a buffer).
+
+    Raises:
+        UserError: the source cannot be read, or holds token ids instead of text.
+    """
+    text = profile.text
+    if isinstance(text, HuggingFace):
+        if text.column != "text":
+            raise UserError(f"data set {text.name!r} is read as token ids; documents need a text column")
+        for row in _hub_rows(text, split, seed):
+            yield Document(row["text"], text.name, text.name, "text")
+        return
+    found = harvest(text, split) if isinstance(text, Docstrings) else list(_local(text, split))
+    yield from (found if seed is None else _shuffled(found, seed))
+
+
+def _shuffled(items: list, seed: int) -> list:
+    order = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed))
+    return [items[i] for i in order.tolist()]
+
+
+def _token_stream(profile: Profile, tokenizer, split: str, seed: int | None) -> Iterator[list[int]]:
+    """Token ids of one document after another, each closed by the tokenizer's end-of-text token."""
+    text = profile.text
+    if isinstance(text, HuggingFace) and text.column == "input_ids":
+        for row in _hub_rows(text, split, seed):
+            yield row["input_ids"]
+        return
+    stream = (document.text for document in documents(profile, split, seed))
+    while chunk := list(itertools.islice(stream, 256)):
+        for ids in tokenizer(chunk, add_special_tokens=False)["input_ids"]:
+            yield ids + [tokenizer.eos_token_id]
+
+
+def token_batches(
+    profile: Profile, tokenizer, split: str, *, batch: int, context: int | None = None, seed: int | None = 0
+) -> Iterator[Int[Tensor, "batch context"]]:
+    """Full batches of contexts packed from the documents of one split, in one pass.
+
+    Documents follow each other, separated by the end-of-text token, and are cut every `context` tokens
+    (the profile's `context_length` unless given). With `prepend_bos` each context starts with that token.
+    """
+    context = context or profile.context_length
+    bos = [tokenizer.bos_token_id] if profile.prepend_bos else []
+    body = context - len(bos)
+    buffer: list[int] = []
+    rows: list[list[int]] = []
+    for ids in _token_stream(profile, tokenizer, split, seed):
+        buffer.extend(ids)
+        while len(buffer) >= body:
+            rows.append(bos + buffer[:body])
+            del buffer[:body]
+            if len(rows) == batch:
+                yield torch.tensor(rows)
+                rows = []
+
+
+def contexts(
+    profile: Profile, tokenizer, split: str, n: int, *, context: int | None = None, seed: int | None = 0
+) -> Int[Tensor, "n context"]:
+    """The first `n` contexts of `token_batches`.
+
+    Raises:
+        UserError: the split holds fewer.
+    """
+    found = next(token_batches(profile, tokenizer, split, batch=n, context=context, seed=seed), None)
+    if found is None:
+        raise UserError(
+            f"the {split} text of profile {profile.name!r} holds fewer than {n} contexts: ask for fewer, or add text"
+        )
+    return found

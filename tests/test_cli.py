@@ -1,0 +1,101 @@
+import subprocess
+import sys
+
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from saelib import UserError, cli, runner
+from saelib.profile import ROOT
+
+
+def call(*arguments):
+    return CliRunner().invoke(cli.main, arguments)
+
+
+@pytest.mark.parametrize("command", ["", "run", "pretrain", "book", "publish"])
+def test_help_teaches_by_example(command):
+    shown = call(*command.split(), "--help")
+    assert shown.exit_code == 0
+    assert f"saelib {command or 'run'}" in shown.output.split("\n", 1)[1]
+
+
+def test_help_is_instant():
+    code = (
+        "import sys, saelib.cli; print([m for m in ('torch', 'transformers', 'papermill', 'yaml') if m in sys.modules])"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "99"], "no chapter '99'"),
+        (["run", "--profile", "nope"], "no profile 'nope': choose one of docstring-gpt"),
+        (["run", "--list", "--profile", "nope"], "no profile 'nope'"),
+        (["run", "-p", "seed"], "not of the form key=value"),
+        (["book", "--profile", "nope"], "no profile 'nope'"),
+        (["publish", "--profile", "nope"], "no profile 'nope'"),
+        (["pretrain", "--profile", "gpt2-small"], "no pretrain section"),
+        (["pretrain", "-p", "pretrain.stepz=100"], "'pretrain.stepz'"),
+        (["pretrain", "-p", "lr=100"], "'lr'"),
+        (["pretrain", "-p", "hook.lr=100"], "'hook'"),
+        (["pretrain", "-p", "pretrain.steps=many"], "'pretrain.steps'"),
+    ],
+)
+def test_a_users_mistake_is_one_line_and_exit_code_2(arguments, message, tmp_path):
+    out = ["--out", str(tmp_path / "out")] if arguments[0] in ("run", "pretrain") else []
+    ended = call(*arguments, *out)
+    assert ended.exit_code == 2
+    assert ended.stderr.startswith("error: ") and ended.stderr.count("\n") == 1
+    assert message in ended.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_failed_chapter_is_exit_code_1(monkeypatch):
+    def fail(*arguments, **named):
+        raise runner.ChapterFailed("01_toy: cell In [3] failed\nValueError: no")
+
+    monkeypatch.setattr(runner, "run", fail)
+    ended = call("run")
+    assert (ended.exit_code, ended.stderr) == (1, "01_toy: cell In [3] failed\nValueError: no\n")
+
+
+def test_a_mistake_found_inside_a_chapter_is_exit_code_2(monkeypatch):
+    def fail(*arguments, **named):
+        raise UserError("01_toy, cell In [3]: no model folder x")
+
+    monkeypatch.setattr(runner, "run", fail)
+    assert (call("run").exit_code, call("run").stderr) == (2, "error: 01_toy, cell In [3]: no model folder x\n")
+
+
+def test_list_shows_every_chapter_with_its_state(tmp_path):
+    shown = call("run", "--list", "--out", str(tmp_path / "out"))
+    assert shown.exit_code == 0
+    lines = shown.output.splitlines()
+    assert [line.split()[0] for line in lines] == [chapter.name for chapter in runner.chapters()]
+    assert all("not run" in line for line in lines)
+
+
+def test_pretrain_takes_overrides_and_a_shorter_run_keeps_its_checkpoints(monkeypatch, tmp_path):
+    calls = []
+    monkeypatch.setattr("saelib.pretrain.pretrain", lambda *arguments: calls.append(arguments))
+    values = yaml.safe_load((ROOT / "profiles" / "docstring-gpt.yml").read_text())
+    values["pretrain"] = {"steps": 1000, "checkpoints": [0, 10, 50, 200, 1000]}
+    (tmp_path / "my.yml").write_text(yaml.safe_dump(values))
+    overrides = ["-p", "pretrain.steps=100", "-p", "pretrain.lr=1e-3", "--seed", "1", "--threads", "1"]
+    ended = call("pretrain", "--profile", str(tmp_path / "my.yml"), *overrides, "--out", str(tmp_path))
+    assert ended.exit_code == 0, ended.output
+    profile, out, seed, _ = calls[0]
+    recipe = profile.pretrain
+    assert (recipe.steps, recipe.lr, recipe.checkpoints, seed, out) == (100, 1e-3, (0, 10, 50, 100), 1, tmp_path)
+
+
+def test_book_stages_builds_and_says_where_it_is(monkeypatch, tmp_path):
+    staged = []
+    monkeypatch.setattr("saelib.book.stage", lambda profile, committed: staged.append((profile, committed)))
+    monkeypatch.setattr("saelib.book.build", lambda: tmp_path / "index.html")
+    for arguments in (["book"], ["book", "--committed"]):
+        assert "index.html" in call(*arguments).output
+    assert staged == [("docstring-gpt", False), ("docstring-gpt", True)]

@@ -1,0 +1,150 @@
+"""Figures: each draws what it is given, says so where there is nothing, and keeps to the style."""
+
+from itertools import pairwise
+
+import matplotlib.pyplot as plt
+import pytest
+import torch
+from matplotlib.colors import to_hex
+
+from saelib import plot
+from saelib.induction import Emergence, Excerpt, Head, History, Look
+from saelib.text import Document
+
+SCORES = torch.tensor([[0.01, 0.02], [0.03, 0.8]])
+HISTORY = History(
+    [0, 1000, 100_000, 10_000_000],
+    torch.linspace(0, 0.9, 16).view(4, 2, 2), torch.linspace(0, 0.5, 16).view(4, 2, 2),
+    torch.tensor([0.0, 0.1, 0.2, 5.0]), torch.tensor([8.3, 6.0, 4.0, 3.0]),
+)  # fmt: skip
+EXCERPT = Excerpt(
+    Document("text", "package", "name", "function"),
+    ["Return", "s", " the", " $x_1$", ".\n", "\n", "The", " longer", " line", " of", " the", " text"],
+    [Look(10, 3, 0.9), Look(9, 1, 0.2)], [""] * 12,
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def style():
+    with plt.style.context("default"):
+        plot.use_style()
+        yield
+    plt.close("all")
+
+
+@pytest.fixture
+def ax():
+    return plt.subplots()[1]
+
+
+def words(ax):
+    ax.figure.canvas.draw()
+    found = [ax.get_title(loc="left"), ax.get_xlabel(), ax.get_ylabel(), *(text.get_text() for text in ax.texts)]
+    ticks = [*ax.get_xticklabels(), *ax.get_yticklabels()]
+    return " ".join([*found, *(tick.get_text() for tick in ticks)])
+
+
+def test_the_style_is_the_book_s():
+    assert plt.rcParams["axes.titlelocation"] == "left" and plt.rcParams["figure.dpi"] >= 150
+    assert plt.rcParams["figure.facecolor"] == "white"
+    cycle = [to_hex(color) for color in plt.rcParams["axes.prop_cycle"].by_key()["color"]]
+    assert cycle[:3] == [plot.OURS.lower(), plot.POINTED.lower(), plot.SECOND.lower()]
+
+
+def test_every_figure_returns_nothing_and_names_its_axes(ax):
+    assert plot.residual_norms(ax, torch.rand(3, 16) + 1) is None
+    assert "length of the residual stream" in words(ax) and "after layer 2" in words(ax)
+
+
+def test_many_layers_carry_no_label_each(ax):
+    plot.residual_norms(ax, torch.rand(12, 16) + 1)
+    assert "after layer 11" in words(ax) and "after layer 5" not in words(ax)
+
+
+@pytest.mark.parametrize("untrained", [None, torch.rand(3, 19) + 8])
+def test_loss_by_position(ax, untrained):
+    plot.loss_by_position(ax, torch.rand(5, 19) + 3, 10, 8.3, untrained)
+    assert "nats" in words(ax) and ("untrained" in words(ax)) == (untrained is not None)
+    assert ax.get_xticks()[2] == 10, "the first repeated token"
+
+
+def test_labels_at_line_ends_do_not_touch(ax):
+    ax.set(xlim=(0, 10), ylim=(0, 10))
+    plot._end_labels(ax, 5, {"one": (3.0, "k"), "two": (3.01, "k"), "three": (2.99, "k")})
+    ax.figure.canvas.draw()
+    boxes = sorted((text.get_window_extent() for text in ax.texts), key=lambda box: box.y0)
+    assert all(low.y1 <= high.y0 + 1 for low, high in pairwise(boxes))
+
+
+def test_emergence_shows_step_zero(ax):
+    axes = plt.subplots(3, 1, sharex=True)[1]
+    plot.emergence(axes, HISTORY, Head(1, 1), Head(0, 1), Emergence(3e6, 100_000, 10_000_000), 16e6)
+    assert [tick.get_text() for tick in axes[2].get_xticklabels()][:2] == ["0", "1 k"]
+    assert "published law" in words(axes[0]) and "L1H1" in words(axes[0]) and "half way" in words(axes[1])
+    line = axes[1].lines[0]
+    assert len(line.get_xdata()) == 4 and line.get_xdata()[0] < 3, "0 stands left of the first checkpoint"
+
+
+def test_emergence_without_law_or_moment():
+    plot.emergence(plt.subplots(3, 1)[1], HISTORY, Head(1, 1), Head(0, 1), None, None)
+
+
+def test_what_was_not_run_says_so(ax):
+    axes = plt.subplots(3, 1)[1]
+    plot.emergence(axes, None, Head(1, 1), Head(0, 1), None, None)
+    assert "not run" in words(axes[0]) and not axes[2].axison
+    plot.head_strips(ax, {"ours": SCORES, "second seed": None, "untrained": SCORES / 10}, 0.02)
+    assert "not run" in words(ax) and "L1H1" in words(ax) and "L1H0" not in words(ax)
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_maps_write_their_numbers(ax, signed):
+    plot.head_map(ax, SCORES, "score", [Head(1, 1)], signed)
+    assert {".01", ".02", ".03", ".80"} <= set(words(ax).split()) and len(ax.patches) == 1
+    assert ax.patches[0].get_xy() == (0.5, 0.5), "the frame is around layer 1, head 1"
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.613, ".61"), (-0.05, "-.05"), (1.0, "1.00"), (-0.001, ".00"), (1.06, "1.06")]
+)
+def test_numbers_in_cells(value, text):
+    assert plot._short(value) == text
+
+
+def test_large_maps_have_a_colour_bar(ax):
+    plot.head_map(ax, torch.rand(12, 12), "score")
+    assert not ax.texts and len(ax.figure.axes) == 2
+
+
+def test_patch_map_names_the_positions_that_matter(ax):
+    plot.patch_map(ax, torch.tensor([[0.0, 1.0, 0.0, 0.01]] * 2), ["·", "A/X", "B", "A"])
+    assert "A/X" in words(ax) and "1.00" in words(ax) and ".01" not in words(ax)
+
+
+def test_ablation_points_at_the_head(ax):
+    effects = {Head(0, 0): {"value": 0.1, "se": 0.01, "n": 9}, Head(0, 1): {"value": 0.5, "se": 0.01, "n": 9}}
+    plot.ablation(ax, 0.52, effects, Head(0, 0), Head(1, 1))
+    assert [tick.get_text() for tick in ax.get_yticklabels()] == ["without L0H0", "without L0H1"]
+    assert ax.get_yticklabels()[0].get_color() == plot.POINTED and "L1H1" in words(ax)
+
+
+@pytest.mark.parametrize("untrained", [None, SCORES / 10])
+def test_copying(ax, untrained):
+    plot.copying(ax, 2 * SCORES - 1, SCORES, untrained, [Head(1, 1)], "by embeddings")
+    assert "L1H1" in words(ax) and ("untrained" in words(ax)) == (untrained is not None)
+
+
+def test_an_excerpt_is_readable_text(ax):
+    plot.attention_arrows(ax, EXCERPT, width=30)
+    lines = {}
+    for letter in ax.texts:
+        lines.setdefault(letter.get_position()[1], []).append((letter.get_position()[0], letter.get_text()))
+    shown = ["".join(text for _, text in sorted(line)) for _, line in sorted(lines.items(), reverse=True)]
+    assert shown == ["Returns the $x_1$.⏎", "⏎", "The longer line of the text"]
+    assert len(ax.patches) == 2 * 3, "two boxes and an arrow for each look"
+    ax.figure.canvas.draw()
+
+
+def test_long_text_is_wrapped():
+    places, lines = plot._typeset(["abcd", " efgh", " ij", "\n"], 8)
+    assert places == [(0, 0), (0, 1), (5, 1), (8, 1)] and lines == 2

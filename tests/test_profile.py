@@ -1,0 +1,80 @@
+"""Profiles: what is allowed, and what one reads when something is not."""
+
+import pytest
+
+from saelib import UserError
+from saelib.profile import ROOT, available, load_profile
+
+
+def write(tmp_path, text):
+    path = tmp_path / "mine.yml"
+    path.write_text(text)
+    return path
+
+
+MINIMAL = (
+    "name: mine\nmodel: {name: some/model}\ntext: {source: local, path: notes.txt}\nhook: blocks.0.hook_resid_post\n"
+)
+
+
+def test_every_shipped_profile_is_valid_and_named_as_its_file():
+    assert {"docstring-gpt", "gpt2-small", "stanford-gpt2-small-a"} <= set(available())
+    for name in available():
+        assert load_profile(name).name == name
+
+
+def test_own_profile_by_path(tmp_path):
+    assert load_profile(write(tmp_path, MINIMAL)).text.path.name == "notes.txt"
+
+
+def test_profile_cannot_be_changed():
+    with pytest.raises(ValueError, match="frozen"):
+        load_profile("docstring-gpt").hook = "elsewhere"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (MINIMAL + "hok: 1\n", ["mine.yml", "unknown key 'hok'", "context_length", "hook"]),
+        (MINIMAL.replace("{name: some/model}", "{name: a, nam: b}"), ["model.nam", "second_seed"]),
+        (MINIMAL.replace("source: local", "source: web"), ["text", "docstrings", "huggingface", "local", "web"]),
+        (MINIMAL + "context_length: 1\n", ["context_length", "greater than or equal to 2", "1"]),
+        (MINIMAL + "device: tpu\n", ["device", "'auto', 'cpu', 'cuda' or 'mps'", "tpu"]),
+        ("name: mine\n", ["model", "Field required"]),
+        ("- a\n", ["mapping"]),
+        ("a: [\n", ["mine.yml", "not valid YAML"]),
+    ],
+)
+def test_a_wrong_profile_is_explained_in_one_line(tmp_path, text, words):
+    with pytest.raises(UserError) as error:
+        load_profile(write(tmp_path, text))
+    message = str(error.value)
+    assert "\n" not in message
+    assert all(word in message for word in words), message
+
+
+def test_unknown_name_lists_the_choices(tmp_path):
+    with pytest.raises(UserError, match="docstring-gpt, gpt2-small"):
+        load_profile("docstring")
+    with pytest.raises(UserError, match="cannot read"):
+        load_profile(tmp_path / "absent.yml")
+
+
+def test_profile_sections_document_every_field():
+    """A reader of `profile.py` finds the unit or meaning of everything that is not plain from its name."""
+    plain = {"name", "hook", "model", "text", "source", "path", "config", "revision", "device", "version", "packages",
+             "n_layer", "n_head", "d_model", "vocab_size", "steps", "weight_decay", "warmup", "beta2",
+             "prepend_bos", "pretrain", "hub_split"}  # fmt: skip
+    from saelib import profile
+
+    for section in profile.Section.__subclasses__():
+        for name, field in section.model_fields.items():
+            assert name in plain or field.description, f"{section.__name__}.{name}"
+
+
+def test_docstring_profile_evaluates_on_third_party_packages_only():
+    text = load_profile("docstring-gpt").text
+    evaluated = {name for name, package in text.packages.items() if package.fingerprint}
+    assert "torch" not in evaluated  # CPU and CUDA builds of one version may differ
+    assert len(evaluated) >= 10
+    assert (ROOT / "profiles/docstring-gpt.yml").is_file()

@@ -1,0 +1,203 @@
+import json
+import os
+import sys
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+from saelib import UserError, runner
+
+PARAMETERS = 'profile = "docstring-gpt"\nseed = 0\nrate = 0.5\nword = "a"'
+
+
+def write_chapter(path, *sources):
+    parameters = new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]})
+    cells = [new_markdown_cell("# A question"), parameters, *(new_code_cell(source) for source in sources)]
+    nbformat.write(new_notebook(cells=cells), path)
+
+
+def output(path):
+    """Standard output of a notebook, as one text."""
+    cells = nbformat.read(path, as_version=4).cells
+    return "".join(o.get("text", "") for cell in cells for o in cell.get("outputs", []) if o.get("name") == "stdout")
+
+
+def tree(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def book(tmp_path_factory):
+    """Chapters run in one go: one is fine, one fails, so no other is reached. (folder, out, lines, failure)"""
+    folder, out = tmp_path_factory.mktemp("notebooks"), tmp_path_factory.mktemp("run") / "out {x}"
+    alien = tmp_path_factory.mktemp("jupyter") / "kernels" / "python3"  # another environment's kernel of the same name
+    alien.mkdir(parents=True)
+    (alien / "kernel.json").write_text('{"argv": ["false"], "display_name": "alien", "language": "python"}')
+    write_chapter(
+        folder / "01_good.ipynb",
+        "import os, sys",
+        "print(seed, rate, word, sys.executable, os.environ['SAELIB_RESULTS'], os.path.basename(os.getcwd()))",
+    )
+    write_chapter(
+        folder / "02_bad.ipynb", "print('so far')", "x = 1\nraise ValueError('no such luck\\nmore')", "print('never')"
+    )
+    write_chapter(
+        folder / "03_mine.ipynb", "from saelib import UserError", "raise UserError('the text is empty: give another')"
+    )
+    write_chapter(folder / "04_dead.ipynb", "import os", "os._exit(1)")
+    lines = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner, "NOTEBOOKS", folder)
+        patch.setenv("JUPYTER_PATH", str(alien.parent.parent))
+        patch.setenv("MPLBACKEND", "Agg")
+        with pytest.raises(runner.ChapterFailed) as failure:
+            runner.run(["all"], out=out, say=lines.append)
+        assert os.environ["MPLBACKEND"] == "Agg" and "SAELIB_RESULTS" not in os.environ
+        yield folder, out, lines, str(failure.value)
+
+
+def states(out, pairs=()):
+    return [item.last.state for item in runner.plan(["all"], "docstring-gpt", pairs, out)[0]]
+
+
+def test_one_line_per_chapter_and_a_stop_at_the_first_failure(book):
+    _, out, lines, _ = book
+    assert [line.split()[:2] for line in lines] == [["01_good", "done"], ["02_bad", "failed"]]
+    assert all(line.endswith(" s") for line in lines)
+    assert sorted(path.name for path in out.iterdir()) == [
+        "01_good.ipynb", "01_good.run.json", "02_bad.ipynb", "02_bad.run.json",
+    ]  # fmt: skip
+    assert states(out) == ["done", "failed", "not run", "not run"]
+
+
+def test_the_kernel_is_this_python_in_the_notebooks_folder_with_its_own_results(book):
+    folder, out, _, _ = book
+    assert output(out / "01_good.ipynb").split("\n")[0] == f"0 0.5 a {sys.executable} {out / 'results'} {folder.name}"
+
+
+def test_an_executed_notebook_is_the_chapter_and_its_outputs(book):
+    folder, out, _, _ = book
+    for name in ("01_good.ipynb", "02_bad.ipynb"):
+        source, executed = (nbformat.read(place / name, as_version=4) for place in (folder, out))
+        assert [cell.source for cell in executed.cells] == [cell.source for cell in source.cells]
+        assert "papermill" not in json.dumps(executed)
+
+
+def test_a_failure_names_cell_source_and_error_and_keeps_the_notebook(book):
+    _, out, _, failure = book
+    assert "02_bad: cell In [3] failed" in failure
+    assert "    raise ValueError('no such luck" in failure
+    assert "\nValueError: no such luck\n" in failure and "02_bad.ipynb" in failure
+    assert output(out / "02_bad.ipynb") == "so far\n"
+
+
+def test_a_users_mistake_inside_a_cell_is_one_line(book, capfd):
+    _, out, _, _ = book
+    with pytest.raises(UserError, match=r"^03_mine, cell In \[3\]: the text is empty: give another$"):
+        runner.run(["3"], out=out, say=lambda line: None)
+    assert (out / "03_mine.ipynb").is_file() and states(out)[2] == "failed"
+    assert capfd.readouterr() == ("", "")  # nor do papermill and the kernel say anything
+
+
+def test_a_dead_kernel_is_a_failure_not_a_traceback(book):
+    _, out, _, _ = book
+    with pytest.raises(runner.ChapterFailed, match="04_dead: the kernel died"):
+        runner.run(["04_dead"], out=out, say=lambda line: None)
+    assert (out / "04_dead.ipynb").is_file() and not list(out.glob(".*"))
+
+
+def test_what_is_done_is_not_run_again(book, monkeypatch):
+    _, out, _, _ = book
+    monkeypatch.setattr(runner, "_execute", lambda *arguments: pytest.fail("was run again"))
+    lines = []
+    runner.run(["01"], out=out, say=lines.append)
+    assert lines[0].split()[1:4] == ["up", "to", "date"]
+
+
+def test_only_what_goes_in_makes_a_chapter_stale(book, monkeypatch):
+    folder, out, _, _ = book
+    path = folder / "01_good.ipynb"
+    before = path.read_bytes()
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells[2].outputs = [nbformat.v4.new_output("stream", text="old")]
+    nbformat.write(notebook, path)
+    assert states(out)[0] == "done"
+    notebook.cells[2].source += "\n"
+    nbformat.write(notebook, path)
+    assert states(out)[0] == "changed"
+    path.write_bytes(before)
+    assert states(out, ["seed=0"])[0] == "done"
+    assert states(out, ["seed=1"])[0] == "changed"
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "versions", lambda: {"torch": "0.4"})
+        assert states(out)[0] == "changed"
+    (out / "01_good.ipynb").rename(out / "away")
+    assert states(out)[0] == "not run"
+    (out / "away").rename(out / "01_good.ipynb")
+
+
+def test_a_changed_local_model_makes_chapters_stale(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "weights").write_bytes(b"1")
+    chosen = runner.load_profile("docstring-gpt")
+    chosen = chosen.model_copy(update={"model": chosen.model.model_copy(update={"name": str(tmp_path / "model")})})
+    before = runner.surroundings(chosen)
+    (tmp_path / "model" / "weights").write_bytes(b"2")
+    assert runner.surroundings(chosen) != before
+
+
+def test_parameters_reach_the_notebook_with_its_types_and_replace_the_kept_run(book, tmp_path):
+    runner.run(["01"], pairs=["seed=7", "rate=1e-3", "word=12"], out=tmp_path, say=lambda line: None)
+    assert output(tmp_path / "01_good.ipynb").startswith("7 0.001 12 ")
+
+
+@pytest.mark.parametrize(
+    ("names", "profile", "pairs", "message"),
+    [
+        (["07"], "docstring-gpt", [], "no chapter '07': choose from 01_good"),
+        (["01", "good"], "docstring-gpt", [], "no chapter 'good'"),
+        (["01"], "nope", [], "no profile 'nope'"),
+        (["01"], "docstring-gpt", ["sed=1"], "no parameter 'sed'; it has: seed, rate, word"),
+        (["01"], "docstring-gpt", ["seed"], "not of the form key=value"),
+        (["01"], "docstring-gpt", ["seed=many"], "'many' is of another type"),
+        (["01"], "docstring-gpt", ["seed=1.5"], "1.5 is of another type"),
+        (["01"], "docstring-gpt", ["seed=[1"], "is not YAML"),
+        (["01"], "docstring-gpt", ["profile=gpt2-small"], "--profile"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(book, tmp_path, names, profile, pairs, message):
+    with pytest.raises(UserError) as error:
+        runner.run(names, profile, pairs, tmp_path / "out")
+    assert message in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_out_must_be_a_folder_of_its_own(book, tmp_path):
+    folder, *_ = book
+    before = tree(folder)
+    (tmp_path / "file").touch()
+    for out in (folder, tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(UserError, match="--out"):
+            runner.run(["01"], out=out)
+    assert tree(folder) == before
+
+
+def test_values_are_yaml_as_people_write_it():
+    given = ["a=1", "b=4e-4", "c=true", "d=null", "e=two words", "f=[1, 2]", "g=2024-06-23", "h=a=b", "i='3'"]
+    assert runner.parse_pairs(given) == {
+        "a": 1, "b": 4e-4, "c": True, "d": None, "e": "two words", "f": [1, 2], "g": "2024-06-23", "h": "a=b", "i": "3",
+    }  # fmt: skip
+
+
+def test_chapters_are_chosen_by_number_or_name_in_the_books_order(book):
+    found = runner.chapters()
+    assert [c.name for c in runner.select(["03", "1", "notebooks/01_good.ipynb"], found)] == ["01_good", "03_mine"]
+    assert runner.select([], found) == runner.select(["all"], found) == found
+    assert found[0].title == "A question"
+
+
+def test_a_damaged_notebook_is_named(tmp_path):
+    (tmp_path / "01_torn.ipynb").write_text('{"cells": [')
+    with pytest.raises(UserError, match="01_torn.ipynb"):
+        runner.chapters(tmp_path)
