@@ -21,6 +21,7 @@ def pytest_configure(config):
         return
     config.option.nbval_current_env = not config.option.nbval_kernel_name
     os.environ["TQDM_DISABLE"] = "1"
+    os.environ.setdefault("SAELIB_DEVICE", "cpu")  # the committed outputs are of a CPU
     os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"
     os.environ.setdefault("SAELIB_RESULTS", str(Path(__file__).parent / "_build" / "check" / "docstring-gpt"))
 

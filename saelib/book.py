@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import re
 import shutil
 import subprocess
 import sys
@@ -29,17 +27,6 @@ from saelib.profile import BUILD, ROOT, available, load_profile
 SITE = BUILD / "site"
 DEFAULT = "docstring-gpt"
 """The profile whose outputs are committed."""
-STRIPPED = "metadata.papermill cell.metadata.papermill cell.metadata.execution"
-BUILD_FLAGS = ("-W", "-n", "--keep-going", "-q", "--all")
-"""Warnings are errors. Everything is rebuilt: a page that quotes another's number does not know when it changes."""
-
-
-# --- notebooks --------------------------------------------------------------------------------------------------------
-
-
-def _injected(cell: NotebookNode) -> bool:
-    """Whether papermill added this cell, because a parameter differs from its default."""
-    return "injected-parameters" in cell.metadata.get("tags", ())
 
 
 def merge(source: NotebookNode, run: NotebookNode, chapter: str) -> NotebookNode:
@@ -48,11 +35,13 @@ def merge(source: NotebookNode, run: NotebookNode, chapter: str) -> NotebookNode
     Raises:
         UserError: the run failed, was cut short, or is of another source.
     """
-    ours = [(cell.cell_type, cell.source) for cell in run.cells if not _injected(cell)]
-    if ours != [(cell.cell_type, cell.source) for cell in source.cells]:
+    merged = copy.deepcopy(source)
+    for index, cell in enumerate(run.cells):
+        if "injected-parameters" in cell.metadata.get("tags", ()):
+            merged.cells.insert(index, copy.deepcopy(cell))
+    ours, theirs = ([(cell.cell_type, cell.source) for cell in notebook.cells] for notebook in (merged, run))
+    if ours != theirs:
         raise UserError(f"chapter {chapter} was edited after its run: `saelib run {chapter[:2]}` runs it again")
-    merged, fresh = copy.deepcopy(source), iter(copy.deepcopy(source.cells))
-    merged.cells = [copy.deepcopy(cell) if _injected(cell) else next(fresh) for cell in run.cells]
     for cell, ran in zip(merged.cells, run.cells, strict=True):
         if cell.cell_type != "code":
             continue
@@ -81,9 +70,6 @@ def _chapters() -> list[Path]:
     return sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 
 
-# --- stage and build --------------------------------------------------------------------------------------------------
-
-
 def stage(profile: str, committed: bool = False) -> Path:
     """Lay out the book's sources in `_build/site/`, afresh.
 
@@ -110,17 +96,14 @@ def build() -> Path:
     """Build what is staged; returns the path of `index.html`.
 
     Raises:
-        UserError: the build failed or gave a warning; the warnings are printed before.
+        UserError: the build failed or gave a warning; it has printed them.
     """
     program = Path(sysconfig.get_path("scripts")) / "jupyter-book"
-    command = [str(program), "build", str(SITE), "--path-output", str(SITE), *BUILD_FLAGS]
-    ran = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", errors="replace")
+    # --all: a page that quotes another's number does not know when it changes
+    flags = ("-W", "-n", "--keep-going", "-q", "--all")
+    ran = subprocess.run([program, "build", SITE, "--path-output", SITE, *flags], stdout=subprocess.DEVNULL)
     if ran.returncode:
-        shown = re.sub(r"\x1b\[[\d;]*m", "", ran.stderr).replace(f"{SITE}{os.sep}", "")
-        lines = [line for line in shown.splitlines() if line.strip()]
-        warnings = [line for line in lines if "WARNING" in line or "ERROR" in line]
-        print("\n".join(warnings or lines[-20:]), file=sys.stderr)
-        raise UserError(f"the book was not built ({len(warnings)} warnings, shown above): mend the pages they name")
+        raise UserError("the book was not built: mend the pages that the warnings above name")
     return SITE / "_build" / "html" / "index.html"
 
 
@@ -134,43 +117,42 @@ def what_ran(shown: str, fresh: set[str]) -> str:
     profiles = sorted({*available(), shown}, key=lambda name: (name != DEFAULT, name))
     lines = ["| chapter | " + " | ".join(f"`{name}`" for name in profiles) + " |", "|---" * (len(profiles) + 1) + "|"]
     for path in _chapters():
-        cells = []
+        place, run = (BUILD, shown) if path.stem in fresh else (ROOT, DEFAULT)
+        row = f"| [{path.stem[:2]}](../notebooks/{path.name}) |"
         for name in profiles:
-            ours = name == shown and path.stem in fresh
-            cell = _run_facts((BUILD if ours else ROOT) / "results" / name / f"{path.stem}.json")
-            cells.append(f"**{cell}**" if cell and name == (shown if path.stem in fresh else DEFAULT) else cell)
-        row = " | ".join(cell or "[not run]{.not-run}" for cell in cells)
-        lines.append(f"| [{path.stem[:2]}](../notebooks/{path.name}) | {row} |")
+            facts = _run_facts((place if name == run else ROOT) / "results" / name / f"{path.stem}.json")
+            row += f" **{facts}** |" if name == run else f" {facts} |"
+        lines.append(row)
     return "\n".join(lines) + "\n\nIn bold: the run whose outputs this copy of the book shows.\n"
 
 
 def _run_facts(result: Path) -> str:
-    """Date, duration and hardware of the run that wrote a results file; empty if there is none."""
+    """Date, duration and hardware of the run that wrote a results file."""
     if not result.is_file():
-        return ""
+        return "[not run]{.not-run}"
     facts = json.loads(result.read_text(encoding="utf-8"))["provenance"]
     hardware = facts["hardware"]["gpu"] or f"{facts['hardware']['cores']} CPU cores"
     return f"{facts['date']}, {facts['wall_seconds']:.0f} s, {hardware}"
-
-
-# --- publish ----------------------------------------------------------------------------------------------------------
 
 
 def publish(profile: str) -> list[Path]:
     """Copy what ran into the checkout, all of it or, when anything is amiss, nothing; returns the files written.
 
     Raises:
-        UserError: nothing ran; or a run failed, is out of date, had other parameters than the book, or left no numbers.
+        UserError: nothing ran; or a run failed, is out of date, or had other parameters than the book.
     """
+    from saelib.runner import plan
+
     name, runs, written = load_profile(profile).name, executed(profile), {}
     if not runs:
         raise UserError(f"no chapter was run under profile {name!r}: `saelib run --profile {profile}`, then publish")
-    _check_current(profile, set(runs))
+    stale = [item.chapter.name for item in plan([], profile)[0] if item.chapter.name in runs and item.state != "done"]
+    if stale:
+        cure = f"`saelib run --profile {profile}`, then publish"
+        raise UserError(f"{', '.join(stale)}: the last run is out of date, or used other parameters: {cure}")
     for chapter, notebook in runs.items():
-        result = BUILD / "results" / name / f"{chapter}.json"
-        if not result.is_file():
-            raise UserError(f"chapter {chapter} left no numbers: `saelib run {chapter[:2]} --force --profile {name}`")
-        written[ROOT / "results" / name / result.name] = result.read_bytes()
+        numbers = Path("results") / name / f"{chapter}.json"
+        written[ROOT / numbers] = (BUILD / numbers).read_bytes()
         if name == DEFAULT:
             written[ROOT / "notebooks" / f"{chapter}.ipynb"] = _stripped(notebook)
     for path, content in written.items():
@@ -181,19 +163,9 @@ def publish(profile: str) -> list[Path]:
     return sorted(written)
 
 
-def _check_current(profile: str, chapters: set[str]) -> None:
-    """Published numbers are those of this code, this model, this text and the notebooks' own parameters."""
-    from saelib.runner import plan
-
-    for item in plan([], profile)[0]:
-        if item.chapter.name in chapters and item.last.state != "done":
-            state = "is out of date, or used other parameters" if item.last.state == "changed" else item.last.state
-            cure = f"`saelib run {item.chapter.name[:2]} --profile {profile}`, then publish"
-            raise UserError(f"the last run of chapter {item.chapter.name} {state}: {cure}")
-
-
 def _stripped(notebook: NotebookNode) -> bytes:
     """The notebook as the pre-commit hook leaves it."""
-    command = [sys.executable, "-m", "nbstripout", "--keep-output", "--keep-count", "--extra-keys", STRIPPED]
+    keys = "metadata.papermill cell.metadata.papermill cell.metadata.execution"
+    command = [sys.executable, "-m", "nbstripout", "--keep-output", "--keep-count", "--extra-keys", keys]
     ran = subprocess.run(command, input=nbformat.writes(notebook).encode(), capture_output=True, check=True)
     return ran.stdout

@@ -36,7 +36,7 @@ profile_option = click.option(
     help="A shipped profile, or the path of your own .yml file.",
 )
 pairs_option = click.option(
-    "-p", "pairs", multiple=True, metavar="KEY=VALUE", help="Set one value (YAML); may be repeated."
+    "-p", "pairs", multiple=True, metavar="KEY=VALUE", help="Set one value (JSON, or a word); may be repeated."
 )
 
 
@@ -85,10 +85,10 @@ def run(
     if only_list:
         plans, _ = runner.plan(chapters, profile, pairs, out)
         for item in plans:
-            click.echo(f"{runner.line(item.chapter, item.last.state, item.last.seconds)}   {item.chapter.title}")
+            click.echo(f"{runner.line(item.chapter, item.state, item.seconds)}   {item.chapter.title}")
         return
     try:
-        runner.run(chapters, profile, pairs, out, force, say=click.echo)
+        runner.run(chapters, profile, pairs, out, force)
     except runner.ChapterFailed as error:
         click.echo(str(error), err=True)
         sys.exit(1)
@@ -108,9 +108,9 @@ def pretrain(profile: str, pairs: tuple[str, ...], seed: int, out: Path | None, 
 
     \b
     Examples:
-      saelib pretrain                                    the model that ships with the book
-      saelib pretrain --seed 1                           its second seed
-      saelib pretrain -p pretrain.steps=100 --out trial  a short trial
+      saelib pretrain             the model that ships with the book
+      saelib pretrain --seed 1    its second seed
+      saelib pretrain -p pretrain.steps=100 -p pretrain.checkpoints=[0,100] --out trial    a short trial
     """
     import torch
 
@@ -121,19 +121,10 @@ def pretrain(profile: str, pairs: tuple[str, ...], seed: int, out: Path | None, 
     from saelib.runner import parse_pairs
 
     torch.set_num_threads(threads or min(4, cores() or 1))
-    chosen = load_profile(profile)
-    chosen = override(chosen, _shortened(chosen, parse_pairs(pairs)))
+    chosen = override(load_profile(profile), parse_pairs(pairs))
     out = out or BUILD / "pretrain" / chosen.name / f"seed-{seed}"
     train(chosen, out, seed, pick_device(chosen))
     click.echo(f"model, checkpoints and log: {os.path.relpath(out)}")
-
-
-def _shortened(profile, values: dict[str, object]) -> dict[str, object]:
-    """A run of another length keeps the checkpoints before its end."""
-    steps = values.get("pretrain.steps")
-    if profile.pretrain is None or not isinstance(steps, int) or "pretrain.checkpoints" in values:
-        return values
-    return {**values, "pretrain.checkpoints": [step for step in profile.pretrain.checkpoints if step < steps] + [steps]}
 
 
 @main.command(short_help="Build the book from executed notebooks.")

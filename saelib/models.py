@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -37,10 +38,20 @@ class Checkpoint(NamedTuple):
 
 
 def pick_device(profile: Profile) -> str:
-    """The profile's device; `auto` takes a GPU where there is one."""
-    if profile.device != "auto":
-        return profile.device
-    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    """The profile's device; `auto` takes a GPU where there is one. `$SAELIB_DEVICE` overrules (tests run on the CPU).
+
+    Raises:
+        UserError: the device is not there.
+    """
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    wanted = os.environ.get("SAELIB_DEVICE", profile.device)
+    if wanted == "auto":
+        return next(device for device, usable in there.items() if usable)
+    if not there.get(wanted):
+        raise UserError(
+            f"no {wanted} device here: set device to auto, or to one of {', '.join(d for d in there if there[d])}"
+        )
+    return wanted
 
 
 def main_model(profile: Profile) -> Checkpoint:
@@ -90,8 +101,10 @@ def _revisions(profile: Profile, name: str) -> list[Checkpoint]:
 
 
 def _is_local(name: str) -> bool:
-    """A name is local if such a folder exists, or if it could not be a hub name."""
-    return Path(name).is_absolute() or (ROOT / name).is_dir() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)
+    """A name is local if its parent folder exists, or if it could not be a hub name."""
+    path = Path(name)
+    parent = len(path.parts) > 1 and (ROOT / path).parent.is_dir()
+    return path.is_absolute() or parent or (ROOT / path).is_dir() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)
 
 
 def _folder(name: str) -> Path:

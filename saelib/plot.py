@@ -8,32 +8,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import matplotlib.pyplot as plt
-import torch
+import pandas as pd
 from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.patches import FancyArrowPatch, Rectangle
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
 from torch import Tensor
 
+from saelib.induction import Head, History
 from saelib.profile import ROOT
-
-if TYPE_CHECKING:
-    from saelib.induction import Emergence, Excerpt, Head, History, Look
 
 OURS, POINTED, SECOND, CONTROL, INK = "#0072B2", "#D55E00", "#009E73", "#9a9a9a", "#2b2b2b"
 SHARE = LinearSegmentedColormap.from_list("share", ["#f4f6f7", "#cfe3f1", "#6aaed6", "#0072B2", "#003a5d"])
-"""For numbers between 0 and 1."""
-_SIGNED = ["#8c3800", "#f6cdb0", "#f5f5f5", "#b5d5ea", "#0072B2", "#003a5d"]
-RECOVERY = LinearSegmentedColormap.from_list("recovery", list(zip([0, 0.25, 0.5, 0.63, 0.86, 1], _SIGNED, strict=True)))
-"""For numbers around 0: vermilion below, blue above."""
-
-
-MONO_ADVANCE = 0.602
-"""Width of a character of DejaVu Sans Mono, in font sizes."""
+_SIGNED = {0: "#8c3800", 0.25: "#f6cdb0", 0.5: "#f5f5f5", 0.63: "#b5d5ea", 0.86: "#0072B2", 1: "#003a5d"}
+RECOVERY = LinearSegmentedColormap.from_list("recovery", list(_SIGNED.items()))
+"""`SHARE` is for numbers between 0 and 1, `RECOVERY` for those around 0: vermilion below, blue above."""
+DASHED = {"color": INK, "linewidth": 1, "linestyle": (0, (4, 3))}
 
 
 def use_style() -> None:
@@ -41,47 +34,33 @@ def use_style() -> None:
     plt.style.use(ROOT / "saelib" / "saelib.mplstyle")
 
 
-def not_run(ax: Axes, why: str = "the profile has no model for it") -> None:
-    """An empty figure that says so."""
-    ax.set_axis_off()
-    ax.text(0.5, 0.5, f"not run: {why}", ha="center", va="center", color=CONTROL, transform=ax.transAxes)
-
-
 def _note(ax: Axes, text: str, at: tuple[float, float], color: str = INK, **keywords) -> None:
     """A label at the data, in place of a legend."""
     ax.annotate(text, at, **{"textcoords": "offset points", "color": color, "fontsize": 8.5, **keywords})
 
 
-# --- lines ------------------------------------------------------------------------------------------------------------
+def _end_labels(ax: Axes, x: float, ends: Mapping[str, tuple[float, object]]) -> None:
+    """Labels right of the lines' ends, moved apart where they would touch."""
+    ax.figure.draw_without_rendering()
+    used = -math.inf
+    for label, (value, color) in sorted(ends.items(), key=lambda item: item[1][0]):
+        height = ax.transData.transform((x, value))[1] * 72 / ax.figure.dpi  # points
+        used = max(used + 10.5, height)
+        _note(ax, label, (x, value), color, xytext=(7, used - height), va="center")
 
 
 def residual_norms(ax: Axes, norms: Float[Tensor, "layer pos"]) -> None:
     """Mean length of the residual stream after each layer, by position; position 0 marked."""
-    shades = [SHARE(0.4 + 0.6 * layer / max(len(norms) - 1, 1)) for layer in range(len(norms))]
-    last = norms.shape[1] - 1
+    layers, last = len(norms), norms.shape[1] - 1
+    shades = [SHARE(0.4 + 0.6 * layer / max(layers - 1, 1)) for layer in range(layers)]
     ax.set(yscale="log", xlabel="position in the context (tokens)", ylabel="length of the residual stream")
     ax.set(xlim=(-2, last * 1.17), xticks=range(0, last + 2, max((last + 1) // 4, 1)))
-    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    ax.yaxis.set_minor_locator(NullLocator())
+    ax.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), minor_locator=NullLocator(), major_formatter="{x:g}")
     for shade, row in zip(shades, norms.tolist(), strict=True):
         ax.plot(row, color=shade, linewidth=1.4)
         ax.plot(0, row[0], "o", color=POINTED, markersize=4)
-    named = range(len(norms)) if len(norms) <= 6 else (0, len(norms) - 1)
-    ends = {f"after layer {layer}": (norms[layer, -1].item(), shades[layer]) for layer in named}
-    _end_labels(ax, last, ends)
-
-
-def _end_labels(ax: Axes, x: float, ends: Mapping[str, tuple[float, object]]) -> None:
-    """Labels right of the lines' ends, moved apart where they would touch."""
-    to_points = 72 / ax.figure.dpi
-    ax.figure.draw_without_rendering()
-    used = -math.inf
-    for label, (value, color) in sorted(ends.items(), key=lambda item: item[1][0]):
-        height = ax.transData.transform((x, value))[1] * to_points
-        shift = max(used + 10.5 - height, 0)
-        used = height + shift
-        _note(ax, label, (x, value), color, xytext=(7, shift), va="center")
+    named = range(layers) if layers <= 6 else (0, layers - 1)
+    _end_labels(ax, last, {f"after layer {layer}": (norms[layer, -1].item(), shades[layer]) for layer in named})
 
 
 def loss_by_position(
@@ -95,7 +74,7 @@ def loss_by_position(
     ax.set(xlabel="position of the predicted token", ylabel="loss (nats per token)")
     ax.set(xlim=(0, last * 1.19), ylim=(0, top), xticks=[1, seam // 2, seam, seam + segment // 2, last])
     ax.axvspan(seam - 0.5, last + 0.5, color=OURS, alpha=0.06, linewidth=0)
-    ax.plot([0, last], [chance, chance], color=INK, linewidth=1, linestyle=(0, (4, 3)))
+    ax.plot([0, last], [chance, chance], **DASHED)
     ends = {"blind guess, ln V": (chance, INK)}
     if untrained is not None:
         ax.plot(x, untrained.mean(0), color=CONTROL, linewidth=1.2)
@@ -108,18 +87,17 @@ def loss_by_position(
 
 
 def emergence(
-    axes: Sequence[Axes], history: History | None, head: Head, previous: Head,
-    found: Emergence | None, law: float | None,
+    axes: Sequence[Axes], history: History | None, head: Head, previous: Head, found: tuple[float, int, int] | None,
+    law: float | None, plain: tuple[Sequence[int], Sequence[float]] | None = None,
 ) -> None:  # fmt: skip
-    """Three panels over training tokens (log axis, 0 at its left end): scores of heads, loss gap, loss on text."""
+    """Three panels over training tokens: scores of heads, loss gap (and that of a `plain` control), loss on text."""
     scores, gaps, texts = axes
     if history is None:
-        gaps.set_axis_off()
-        texts.set_axis_off()
-        return not_run(scores, "the profile has no training checkpoints")
-    x, zero = _log_tokens(history.tokens)
-    own = history.induction[:, head.layer, head.index].tolist()
-    before = history.previous[:, previous.layer, previous.index].tolist()
+        for ax in axes:
+            ax.set_axis_off()
+        scores.figure.set_figheight(1.5)
+        return _note(scores, "not run: the profile has no training checkpoints", (0.3, 0.5), CONTROL, xytext=(0, 0))
+    x, own, before = history.tokens, history.induction[:, *head], history.previous[:, *previous]
     scores.plot(x, history.induction.flatten(1), color=CONTROL, linewidth=0.6, alpha=0.6)
     scores.plot(x, before, color=POINTED, marker=".")
     scores.plot(x, own, color=OURS, marker=".")
@@ -128,51 +106,34 @@ def emergence(
     scores.set(ylabel="score of a head", ylim=(-0.03, 1.03))
     gaps.set(ylabel="loss gap\n(nats)")
     texts.set(ylabel="loss on text\n(nats)", xlabel="training tokens")
-    right = max(x[-1], math.log10(law) if law else 0) + 0.62
+    _token_axes(axes, x, found, law)
+    _end_labels(scores, x[-1], {f"{previous}, one back": (before[-1], POINTED), f"{head}, induction": (own[-1], OURS)})
+    if plain is not None:
+        gaps.plot(*plain, color=CONTROL, linewidth=1.2, marker=".", markersize=4)
+        _end_labels(gaps, plain[0][-1], {"plain text only": (plain[1][-1], CONTROL)})
+        _end_labels(gaps, x[-1], {"with repeats": (history.gap[-1], OURS)})
+
+
+def _token_axes(
+    axes: Sequence[Axes], tokens: Sequence[int], found: tuple[float, int, int] | None, law: float | None
+) -> None:
+    """Training tokens from 0 on; a band between the checkpoints around the moment found, a line at the law's."""
+    first, right = min(filter(None, tokens)), max(tokens[-1], law or 0) * 4.2
+    ticks = [0, *(10**i for i in range(round(math.log10(first)), math.ceil(math.log10(right))))]
     for ax in axes:
-        ax.set_xlim(zero - 0.15, right)
-        _mark_tokens(ax, found, law)
-    _token_ticks(texts, zero)
-    ends = {f"{previous}, one back": (before[-1], POINTED), f"{head}, induction": (own[-1], OURS)}
-    _end_labels(scores, x[-1], ends)
-    if law:
-        _note(scores, "published law", (math.log10(law), 1.03), xytext=(0, 3), ha="center")
-    if found:
-        at = math.log10(found.tokens), gaps.get_ylim()[1]
-        _note(gaps, "half way", at, OURS, xytext=(-6, -3), ha="right", va="top")
-
-
-def _log_tokens(tokens: list[int]) -> tuple[list[float], float]:
-    """Places on a log axis, and where 0 stands: a little left of the first checkpoint after it."""
-    zero = math.log10(min(count for count in tokens if count)) - 0.45
-    return [math.log10(count) if count else zero for count in tokens], zero
-
-
-def _mark_tokens(ax: Axes, found: Emergence | None, law: float | None) -> None:
-    """A band between the checkpoints around our emergence point, a line at the law's."""
-    if found is not None:
-        low = math.log10(found.low) if found.low else ax.get_xlim()[0]
-        ax.axvspan(low, math.log10(found.high), color=OURS, alpha=0.13, linewidth=0)
+        ax.set_xscale("symlog", linthresh=first, linscale=0.45)
+        ax.set_xlim(-0.3 * first, right)
+        if found is not None:
+            ax.axvspan(*found[1:], color=OURS, alpha=0.13, linewidth=0)
+        if law is not None:
+            ax.axvline(law, **DASHED)
     if law is not None:
-        ax.axvline(math.log10(law), color=INK, linewidth=1, linestyle=(0, (4, 3)))
-
-
-def _token_ticks(ax: Axes, zero: float) -> None:
-    """0, a gap in the axis, and the powers of ten."""
-    powers = range(math.ceil(zero + 0.2), math.floor(ax.get_xlim()[1]) + 1)
-    ax.set_xticks([zero, *powers], ["0", *(_count(10**power) for power in powers)])
-    ax.text(zero + 0.22, 0, "//", transform=ax.get_xaxis_transform(), ha="center", va="center", color="#8a8a8a")
-
-
-def _count(number: float) -> str:
-    """100 k, 10 M, 1 B."""
-    for size, name in ((1e9, " B"), (1e6, " M"), (1e3, " k")):
-        if number >= size:
-            return f"{number / size:g}{name}"
-    return f"{number:g}"
-
-
-# --- maps -------------------------------------------------------------------------------------------------------------
+        _note(axes[0], "published law", (law, 1.03), xytext=(0, 3), ha="center")
+    if found is not None:
+        _note(axes[1], "half way", (found[0], axes[1].get_ylim()[1]), OURS, xytext=(-6, -3), ha="right", va="top")
+    last = axes[-1]
+    last.set_xticks(ticks, [EngFormatter().format_eng(count).replace("G", "B") for count in ticks])
+    last.text(first / 2, 0, "//", transform=last.get_xaxis_transform(), ha="center", va="center", color=CONTROL)
 
 
 def head_map(
@@ -181,49 +142,36 @@ def head_map(
     """One number for every head: layers upwards, heads to the right; `marked` heads framed. `signed`: from -1 to 1."""
     _cells(ax, values, signed)
     for head in marked:
-        corner = head.index - 0.5, head.layer - 0.5
-        ax.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor=POINTED, linewidth=2, zorder=3))
-    ax.set(title=title, xlabel="head", ylabel="layer", xticks=range(values.shape[1]), yticks=range(values.shape[0]))
+        frame = {"fill": False, "edgecolor": POINTED, "linewidth": 2, "zorder": 3}
+        ax.add_patch(Rectangle((head.index - 0.5, head.layer - 0.5), 1, 1, **frame))
+    ax.set(title=title, xlabel="head", ylabel="layer", xticks=range(values.shape[1]))
 
 
 def patch_map(ax: Axes, values: Float[Tensor, "layer pos"], labels: Sequence[str]) -> None:
     """Recovery by layer and position."""
     _cells(ax, values, signed=True, least=0.05)
-    ax.set(ylabel="residual stream before layer", xlabel="position", yticks=range(values.shape[0]))
+    ax.set(ylabel="residual stream before layer", xlabel="position")
     ax.set_xticks(range(len(labels)), labels)
     for tick, label in zip(ax.get_xticklabels(), labels, strict=True):
         tick.set(color=POINTED if label != "·" else CONTROL, fontweight="bold" if label != "·" else "normal")
 
 
 def _cells(ax: Axes, values: Tensor, signed: bool, least: float = 0.0) -> None:
-    """Coloured cells with their numbers; where there are too many for numbers, a colour bar."""
-    image = ax.imshow(
-        values, cmap=RECOVERY if signed else SHARE, vmin=-1 if signed else 0, vmax=1, origin="lower", aspect="auto"
-    )
+    """Coloured cells with their numbers from `least` on; where there are too many for numbers, a colour bar."""
+    rows, columns = (range(size) for size in values.shape)
     ax.grid(False)
+    colours = {"cmap": RECOVERY if signed else SHARE, "vmin": -1 if signed else 0, "vmax": 1}
+    image = ax.pcolormesh(columns, rows, values, **colours, edgecolors="white", linewidth=1.5)
     ax.spines[:].set_visible(False)
     ax.tick_params(length=0)
-    ax.set_xticks([i - 0.5 for i in range(values.shape[1] + 1)], minor=True)
-    ax.set_yticks([i - 0.5 for i in range(values.shape[0] + 1)], minor=True)
-    ax.tick_params(which="minor", length=0)
-    ax.grid(True, which="minor", axis="both", color="white", linewidth=1.5)
-    ax.set_axisbelow(False)
+    ax.set_yticks(rows)
     if values.numel() > 100:
         ax.figure.colorbar(image, ax=ax, shrink=0.8).outline.set_visible(False)
         return
-    for row, line in enumerate(values.tolist()):
-        for column, value in enumerate(line):
-            if abs(value) >= least:
-                color = "white" if abs(value) > 0.55 else INK
-                ax.text(column, row, _short(value), ha="center", va="center", fontsize=8, color=color, zorder=4)
-
-
-def _short(value: float) -> str:
-    """Two decimals without the zero in front: .61, -.05, 1.00."""
-    return f"{value:.2f}".replace("-0.00", "0.00").replace("0.", ".", 1) if abs(value) < 0.995 else f"{value:.2f}"
-
-
-# --- dots -------------------------------------------------------------------------------------------------------------
+    for row, column in (values.abs() >= least).nonzero().tolist():
+        value = values[row, column].item()
+        color, text = "white" if abs(value) > 0.55 else INK, f"{value:z.2f}".replace("0.", ".", 1)
+        ax.text(column, row, text, ha="center", va="center", fontsize=8, color=color, zorder=4)
 
 
 def ablation(
@@ -246,76 +194,67 @@ def ablation(
 
 def copying(
     ax: Axes, scores: Float[Tensor, "layer head"], induction: Float[Tensor, "layer head"],
-    untrained: Float[Tensor, "layer head"] | None, named: Sequence[Head], title: str,
+    untrained: Float[Tensor, "layer head"] | None, named: Head, title: str,
 ) -> None:  # fmt: skip
     """Every head by its OV copying score and its induction score; the untrained model's heads as ticks below."""
     ax.axvline(0, color=CONTROL, linewidth=0.8)
     if untrained is not None:
-        ax.plot(untrained.flatten(), torch.full((untrained.numel(),), -0.1), "|", color=CONTROL, markersize=8)
+        ax.plot(untrained.flatten(), [-0.1] * untrained.numel(), "|", color=CONTROL, markersize=8)
         ax.text(-1.03, -0.1, "untrained", color=CONTROL, va="center", fontsize=8.5)
     ax.plot(scores.flatten(), induction.flatten(), "o", color=OURS, alpha=0.6)
-    for head in named:
-        at = scores[head.layer, head.index].item(), induction[head.layer, head.index].item()
-        ax.plot(*at, "o", color=POINTED)
-        _note(ax, str(head), at, POINTED, xytext=(5, 7), ha="right" if at[0] > 0 else "center", va="bottom")
+    at = scores[named].item(), induction[named].item()
+    ax.plot(*at, "o", color=POINTED)
+    _note(ax, str(named), at, POINTED, xytext=(5, 7), ha="right" if at[0] > 0 else "center", va="bottom")
     ax.set(title=title, xlabel="OV copying score\nlowers ← the token it looks at → raises", ylabel="induction score")
     ax.set(xlim=(-1.08, 1.08), ylim=(-0.17, 1.05), xticks=[-1, -0.5, 0, 0.5, 1], yticks=[0, 0.25, 0.5, 0.75, 1])
     ax.label_outer()
 
 
-def head_strips(
-    ax: Axes, groups: Mapping[str, Float[Tensor, "layer head"] | None], reference: float, name_from: float = 0.1
-) -> None:
-    """One row of dots per model, one dot per head; those from `name_from` on carry their name."""
-    ax.axvline(reference, color=CONTROL, linewidth=1, linestyle=(0, (4, 3)))
+def head_strips(ax: Axes, groups: Mapping[str, Float[Tensor, "layer head"] | None], reference: float) -> None:
+    """One row of dots per model, one dot per head; those from 0.1 on carry their name."""
+    ax.axvline(reference, **DASHED | {"color": CONTROL})
     for row, (scores, color) in enumerate(zip(groups.values(), (OURS, SECOND, CONTROL), strict=False)):
         if scores is None:
             ax.text(0.5, row, "not run", ha="center", va="center", color=CONTROL)
             continue
         ax.plot(scores.flatten(), [row] * scores.numel(), "o", color=color, alpha=0.65, markersize=7)
-        high = (scores >= name_from).nonzero().tolist()
-        named = sorted((scores[layer, head].item(), f"L{layer}H{head}") for layer, head in high)
+        named = sorted((scores[at].item(), str(Head(*at))) for at in map(tuple, (scores >= 0.1).nonzero().tolist()))
         for rank, (score, name) in enumerate(named):  # neighbours above and below in turn
             _note(ax, name, (score, row), color, xytext=(0, -17 if rank % 2 else 8), ha="center")
-    ax.set_yticks(range(len(groups)), list(groups))
+    ax.set_yticks(range(len(groups)), groups)
     ax.set(xlabel="induction score of each head", xlim=(-0.02, 1.02), ylim=(len(groups) - 0.4, -0.6))
     ax.grid(axis="x")
     ax.grid(False, axis="y")
 
 
-# --- text -------------------------------------------------------------------------------------------------------------
-
-
-def attention_arrows(ax: Axes, excerpt: Excerpt, arrows: int = 6, width: int = 64) -> None:
-    """An excerpt as running text, with an arrow from each of the strongest readers to the token it looks back at.
-
-    Sets the figure's height to the number of lines.
-    """
-    shown = [token.replace("\n", "⏎") for token in excerpt.tokens]
-    places, lines = _typeset(excerpt.tokens, width)
+def attention_arrows(ax: Axes, looks: pd.DataFrame, arrows: int = 6, width: int = 64) -> None:
+    """`induction.looks` as running text, arrows from the strongest readers to where they look; sets the height."""
+    places, lines = _typeset(looks.token, width)
+    shown = [token.replace("\n", "⏎") for token in looks.token]
     figure = ax.figure
-    figure.set_layout_engine("none")
-    figure.set_figheight(0.36 * (lines + 1.4))
+    figure.set(layout_engine="none", figheight=0.36 * (lines + 1.4))
     ax.set(position=(0, 0, 1, 1), xlim=(-1, width + 1), ylim=(-lines + 0.3, 1.7))
     ax.set_axis_off()
-    for look in excerpt.looks[:arrows]:
-        for end, color in ((look.query, POINTED), (look.key, OURS)):
-            _box(ax, shown[end], places[end], color)
-        ax.add_patch(_arrow(shown, places, look))
-    size = figure.get_figwidth() * 72 / (width + 2) / MONO_ADVANCE
+    for query, look in looks[looks.weight > 0].nlargest(arrows, "weight").iterrows():
+        ends = [_box(ax, shown[i], places[i], color) for i, color in ((query, POINTED), (look.key, OURS))]
+        bend = 0.3 * min(1.0, 14 / max(abs(ends[0][0] - ends[1][0]), 1))  # long arrows rise no higher than short ones
+        ax.add_patch(FancyArrowPatch(
+            *ends, connectionstyle=f"arc3,rad={bend:.3f}", arrowstyle="-|>", mutation_scale=9, color=POINTED,
+            linewidth=0.5 + 1.3 * look.weight, alpha=0.3 + 0.6 * look.weight, shrinkA=1, shrinkB=1, clip_on=False,
+        ))  # fmt: skip
+    size = figure.get_figwidth() * 72 / (width + 2) / 0.602  # the width of a character, in font sizes
     for token, (column, line) in zip(shown, places, strict=True):
         for offset, letter in enumerate(token):  # one by one: a line of text would not keep to the grid
-            color = CONTROL if letter == "⏎" else INK
-            ax.text(column + offset + 0.5, -line, letter, family="DejaVu Sans Mono", fontsize=size, color=color,
-                    ha="center", va="center_baseline", parse_math=False)  # fmt: skip
+            ax.text(column + offset + 0.5, -line, letter, family="DejaVu Sans Mono", fontsize=size, ha="center",
+                    va="center_baseline", color=CONTROL if letter == "⏎" else INK, parse_math=False)  # fmt: skip
 
 
 def _typeset(tokens: Sequence[str], width: int) -> tuple[list[tuple[int, int]], int]:
     """Column and line of each token in monospaced text of `width` columns, and the number of lines."""
     places, column, line = [], 0, 0
     for token in tokens:
-        if column and column + len(token.rstrip("\n")) > width:
-            column, line = 0, line + 1
+        if column > 0 and column + len(token.rstrip("\n")) > width:
+            column, line = -int(token.startswith(" ")), line + 1  # the space between words hangs over the edge
         places.append((column, line))
         column += len(token)
         if "\n" in token:
@@ -323,22 +262,9 @@ def _typeset(tokens: Sequence[str], width: int) -> tuple[list[tuple[int, int]], 
     return places, line + (column > 0)
 
 
-def _box(ax: Axes, token: str, place: tuple[int, int], color: str) -> None:
-    indent = len(token) - len(token.lstrip())
+def _box(ax: Axes, token: str, place: tuple[int, int], color: str) -> tuple[float, float]:
+    """Colour behind a token; returns the middle of its upper edge."""
+    left = place[0] + len(token) - len(token.lstrip())
     size = max(len(token.strip()), 1)
-    corner = place[0] + indent + 0.06, -place[1] - 0.36
-    ax.add_patch(Rectangle(corner, size - 0.12, 0.72, color=color, alpha=0.2, linewidth=0))
-
-
-def _arrow(tokens: Sequence[str], places: Sequence[tuple[int, int]], look: Look) -> FancyArrowPatch:
-    def top(index: int) -> tuple[float, float]:
-        (column, line), token = places[index], tokens[index]
-        return column + (len(token) + len(token) - len(token.lstrip())) / 2, -line + 0.36
-
-    (start, line), (end, _) = top(look.query), top(look.key)
-    bend = 0.3 * min(1.0, 14 / max(abs(start - end), 1))  # long arrows rise no higher than short ones
-    return FancyArrowPatch(
-        (start, line), top(look.key), connectionstyle=f"arc3,rad={bend:.3f}", arrowstyle="-|>", mutation_scale=9,
-        color=POINTED, linewidth=0.5 + 1.3 * look.weight, alpha=0.3 + 0.6 * look.weight, shrinkA=1, shrinkB=1,
-        clip_on=False,
-    )  # fmt: skip
+    ax.add_patch(Rectangle((left + 0.06, -place[1] - 0.36), size - 0.12, 0.72, color=color, alpha=0.2, linewidth=0))
+    return left + size / 2, -place[1] + 0.36

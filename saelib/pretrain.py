@@ -7,6 +7,7 @@ Batches follow from (seed, step) alone, so a resumed run sees what an uninterrup
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -45,7 +46,7 @@ def train_tokenizer(profile: Profile) -> PreTrainedTokenizerFast:
 
 def training_tokens(profile: Profile, tokenizer) -> np.ndarray:
     """All training documents as one array of token ids, cached."""
-    cache = BUILD / "cache" / f"tokens-{profile.name}-{profile.pretrain.vocab_size}.npy"
+    cache = _cache(profile, "tokens").with_suffix(".npy")
     if not cache.is_file():
         texts = [document.text for document in documents(profile, "train", seed=0)]
         ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
@@ -91,8 +92,10 @@ def loss_of(model: GPT2LMHeadModel, inputs: Tensor, targets: Tensor) -> Tensor:
 class Run:
     """One pre-training run: model, optimizer and weight average, saved and resumed together."""
 
-    def __init__(self, recipe: Pretrain, seed: int, device: str):
-        self.recipe, self.seed, self.device, self.step, self.seconds = recipe, seed, device, 0, 0.0
+    def __init__(self, recipe: Pretrain, seed: int, device: str, data: str = ""):
+        """`data` is the fingerprint of the training tokens."""
+        self.recipe, self.seed, self.device, self.data = recipe, seed, device, data
+        self.step, self.seconds = 0, 0.0
         self.model = new_model(recipe, seed).to(device)
         self.parameters = list(self.model.parameters())
         matrices = [p for p in self.parameters if p.dim() > 1]
@@ -135,12 +138,15 @@ class Run:
                 parameter.copy_(average / correction)
         return model
 
+    def identity(self) -> str:
+        """What a resumed run must share."""
+        return f"{self.recipe.model_dump_json()} seed {self.seed} data {self.data}"
+
     def save(self, path: Path) -> None:
         state = {
+            "identity": self.identity(),
             "step": self.step,
             "seconds": self.seconds,
-            "recipe": self.recipe.model_dump_json(),
-            "seed": self.seed,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "average": self.average,
@@ -153,11 +159,11 @@ class Run:
         """Continue from a saved state.
 
         Raises:
-            UserError: the state belongs to another recipe or seed.
+            UserError: the state belongs to another recipe, seed or text.
         """
         state = torch.load(path, weights_only=True, map_location=self.device)
-        if (state["recipe"], state["seed"]) != (self.recipe.model_dump_json(), self.seed):
-            raise UserError(f"{path} was made by another recipe or seed: choose another --out, or remove it")
+        if state["identity"] != self.identity():
+            raise UserError(f"{path} was made by another recipe, seed or text: choose another --out, or remove it")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.average = state["average"]
@@ -196,31 +202,43 @@ def pretrain(profile: Profile, out: Path, seed: int = 0, device: str = "cpu") ->
         raise UserError(f"profile {profile.name!r} has no pretrain section: its model is not trained here")
     torch.set_float32_matmul_precision("highest")
     recipe, state = profile.pretrain, out / "state.pt"
-    out.mkdir(parents=True, exist_ok=True)
     tokenizer = _tokenizer(profile)
     tokens = training_tokens(profile, tokenizer)
     held_out = contexts(profile, tokenizer, "validation", HELD_OUT, context=recipe.context_length + 1)
-    run = Run(recipe, seed, device)
-    if state.is_file():
+    run = Run(recipe, seed, device, hashlib.sha256(tokens.tobytes()).hexdigest()[:16])
+    out.mkdir(parents=True, exist_ok=True)
+    if resumed := state.is_file():
         run.resume(state)
         _forget_after(out / "log.jsonl", run.step)
     losses: list[float] = []
     with tqdm(total=recipe.steps, initial=run.step, unit="step", mininterval=5) as bar:
         while run.step < recipe.steps:
-            if run.step % SAVE_EVERY == 0 or run.step in recipe.checkpoints:
+            if not resumed and (run.step % SAVE_EVERY == 0 or run.step in recipe.checkpoints):
                 _record(run, held_out, losses, out)
+            resumed = False  # what was saved has been recorded
             losses.append(run.advance(tokens))
             bar.update()
             bar.set_postfix_str(f"loss {losses[-1]:.3f}, {run.tokens / run.seconds:,.0f} tokens/s", refresh=False)
-    final = _record(run, held_out, losses, out)
+    if not resumed:
+        _record(run, held_out, losses, out)
     tokenizer.save_pretrained(out)
-    for file in final.iterdir():
-        file.replace(out / file.name)
-    final.rmdir()
+    final = _folder(out, run.step)
+    if final.is_dir():  # not so where a finished run is started again
+        for file in final.iterdir():
+            file.replace(out / file.name)
+        final.rmdir()
+
+
+def _cache(profile: Profile, what: str) -> Path:
+    """Where something made from the training text is kept; another text or vocabulary has another name."""
+    digest = hashlib.sha256(f"{profile.pretrain.vocab_size}\0".encode())
+    for document in documents(profile, "train"):
+        digest.update(document.text.encode())
+    return BUILD / "cache" / f"{what}-{digest.hexdigest()[:12]}"
 
 
 def _tokenizer(profile: Profile) -> PreTrainedTokenizerFast:
-    folder = BUILD / "cache" / f"tokenizer-{profile.name}-{profile.pretrain.vocab_size}"
+    folder = _cache(profile, "tokenizer")
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
         partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
@@ -230,18 +248,22 @@ def _tokenizer(profile: Profile) -> PreTrainedTokenizerFast:
 
 
 def _forget_after(log: Path, step: int) -> None:
-    """Drop the log lines that the resumed run will write again."""
-    kept = [line for line in log.read_text().splitlines(keepends=True) if json.loads(line)["step"] < step]
+    """Drop what was logged after the last saved state: the resumed run will log it again."""
+    kept = [line for line in log.read_text().splitlines(keepends=True) if json.loads(line)["step"] <= step]
     partial = log.with_suffix(".partial")
     partial.write_text("".join(kept))
     partial.replace(log)
 
 
-def _record(run: Run, held_out: Tensor, losses: list[float], out: Path) -> Path:
-    """Write the log line, the resumable state and, where the schedule says so, the checkpoint; returns its folder."""
-    averaged, folder = run.averaged(), out / "checkpoints" / f"step-{run.step:06d}"
+def _folder(out: Path, step: int) -> Path:
+    return out / "checkpoints" / f"step-{step:06d}"
+
+
+def _record(run: Run, held_out: Tensor, losses: list[float], out: Path) -> None:
+    """Write the checkpoint, where the schedule says so, then the log line, then the resumable state."""
+    averaged, folder = run.averaged(), _folder(out, run.step)
     loss = round(validation_loss(averaged, held_out), 4)
-    facts = {"step": run.step, "tokens": run.tokens, "seed": run.seed, "validation_loss": loss}
+    facts = {"step": run.step, "tokens": run.tokens, "seed": run.seed, "data": run.data, "validation_loss": loss}
     if run.step in run.recipe.checkpoints:
         folder.parent.mkdir(exist_ok=True)
         export(averaged, folder, facts)
@@ -254,4 +276,3 @@ def _record(run: Run, held_out: Tensor, losses: list[float], out: Path) -> Path:
         log.write(json.dumps(line) + "\n")
     losses.clear()
     run.save(out / "state.pt")
-    return folder

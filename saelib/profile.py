@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from saelib import UserError
 
@@ -50,6 +50,7 @@ class Local(Section):
 
     source: Literal["local"]
     path: Path
+    """Absolute, or relative to the checkout."""
 
 
 class HuggingFace(Section):
@@ -62,7 +63,7 @@ class HuggingFace(Section):
     column: Literal["text", "input_ids"] = "text"
     """`input_ids` means already tokenised with the model's own tokenizer."""
     hub_split: str = "train"
-    evaluation_documents: Annotated[int, Field(gt=0)] = 10_000
+    evaluation_documents: PositiveInt = 10_000
     """The first so many documents are validation, the next so many test, the rest training."""
 
 
@@ -73,43 +74,46 @@ class Model(Section):
     """Hub name, or a local folder in Hugging Face layout, relative to the checkout."""
     revision: str | None = None
     second_seed: str | None = None
-    """The same recipe from another seed, for transplants and stability."""
+    """The same recipe and length from another seed, for transplants and stability."""
     checkpoints: str | None = None
     """Folder of `step-NNNNNN` models, or a hub name whose revisions are training steps."""
-    training_batch: Annotated[int, Field(gt=0)] | None = None
+    training_batch: PositiveInt | None = None
     """Sequences in one pre-training batch, so that steps can be read as tokens."""
-    training_context: Annotated[int, Field(gt=0)] | None = None
+    training_context: PositiveInt | None = None
     """Tokens in one pre-training sequence."""
 
 
 class Pretrain(Section):
     """How `saelib pretrain` makes the model (only for models we train ourselves)."""
 
-    n_layer: int = 4
-    n_head: int = 4
-    d_model: int = 128
-    vocab_size: int = 4096
-    context_length: int = 128
+    n_layer: PositiveInt = 4
+    n_head: PositiveInt = 4
+    d_model: PositiveInt = 128
+    vocab_size: Annotated[int, Field(ge=257, le=65_536)] = 4096
+    """256 bytes, one special token, and what is learned; token ids are kept in 16 bits."""
+    context_length: PositiveInt = 128
     """Tokens."""
-    batch: int = 16
+    batch: PositiveInt = 8
     """Contexts in one step."""
-    steps: int
-    lr: float = 2e-3
+    steps: PositiveInt
+    lr: PositiveFloat = 1.5e-3
     """Constant after a linear warm-up of `warmup` steps."""
-    warmup: int = 200
-    beta2: float = 0.99
-    weight_decay: float = 0.1
-    clip: float = 1.0
+    warmup: PositiveInt = 300
+    beta2: Annotated[float, Field(gt=0, lt=1)] = 0.99
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    clip: PositiveFloat = 1.0
     """Largest gradient norm."""
-    ema: float = 0.999
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.999
     """Decay of the weight average per step, bias-corrected; every checkpoint is this average."""
     repeat_share: Annotated[float, Field(ge=0, le=0.1)] = 0.0
     """Share of training contexts that repeat their own first 16 to 64 tokens until they are full."""
-    checkpoints: tuple[int, ...]
+    checkpoints: Annotated[tuple[int, ...], Field(min_length=1)]
     """Steps at which the averaged model is written; the last one is the final model."""
 
     @model_validator(mode="after")
-    def _schedule(self):
+    def _fits(self):
+        if self.d_model % self.n_head:
+            raise ValueError(f"n_head must divide d_model, and {self.n_head} does not divide {self.d_model}")
         if list(self.checkpoints) != sorted(set(self.checkpoints)) or self.checkpoints[-1] != self.steps:
             raise ValueError("checkpoints must rise and end at steps")
         return self
@@ -140,9 +144,17 @@ def available() -> list[str]:
 def load_profile(name: str | Path) -> Profile:
     """Read a shipped profile by name, or one's own by the path of a `.yml` file.
 
+    A file with `extends: NAME` takes from that profile whatever it does not say itself.
+
     Raises:
         UserError: no such profile, not YAML, or a key or value that is not allowed.
     """
+    path, values = _read(name)
+    return _validated(values, path.name)
+
+
+def _read(name: str | Path) -> tuple[Path, dict]:
+    """A profile's file, and what it says together with the profile it extends."""
     path = Path(name)
     if path.suffix not in {".yml", ".yaml"}:
         path = ROOT / "profiles" / f"{name}.yml"
@@ -150,17 +162,27 @@ def load_profile(name: str | Path) -> Profile:
             raise UserError(
                 f"no profile {str(name)!r}: choose one of {', '.join(available())}, or give the path of a .yml file"
             )
-    elif not path.is_file() and (ROOT / path).is_file():
-        path = ROOT / path
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read profile {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"profile {path.name} is not valid YAML: {' '.join(str(error).split())}") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        shown = " ".join(str(error).split())
+        raise UserError(f"cannot read profile {path.name}: it is absent, or not valid YAML ({shown})") from error
     if not isinstance(values, dict):
         raise UserError(f"profile {path.name} must be a mapping of keys to values; see profiles/docstring-gpt.yml")
-    return _validated(values, path.name)
+    base = values.pop("extends", None)
+    if base == path.stem:
+        raise UserError(f"profile {path.name} extends itself: name another profile, or drop extends")
+    return path, _merged(_read(base)[1], values) if base else values
+
+
+def _merged(base: dict, values: dict) -> dict:
+    """`values` over `base`, section by section; a section of another source replaces the base's."""
+    merged = dict(base)
+    for key, value in values.items():
+        both = isinstance(value, dict) and isinstance(base.get(key), dict)
+        same = both and value.get("source", base[key].get("source")) == base[key].get("source")
+        merged[key] = _merged(base[key], value) if same else value
+    return merged
 
 
 def override(profile: Profile, values: dict[str, object]) -> Profile:
@@ -171,14 +193,9 @@ def override(profile: Profile, values: dict[str, object]) -> Profile:
     """
     tree = profile.model_dump()
     for key, value in values.items():
-        *sections, leaf = key.split(".")
-        section = tree
-        for part in sections:
-            section[part] = section.get(part) or {}
-            section = section[part]
-            if not isinstance(section, dict):
-                raise UserError(f"profile {profile.name}: {part!r} in {key!r} is a value, not a section")
-        section[leaf] = value
+        for part in reversed(key.split(".")):
+            value = {part: value}
+        tree = _merged(tree, value)
     return _validated(tree, profile.name)
 
 
@@ -199,14 +216,12 @@ def _explain(problem: dict) -> str:
 
 
 def _allowed(location: tuple) -> list[str]:
-    """Keys allowed at a place in the profile, found by walking the sections' annotations."""
+    """Keys allowed at a place in the profile, given as pydantic does: `("text", "docstrings", "packages", "torch")`."""
     sections = {
-        "model": Model,
-        "docstrings": Docstrings,
-        "local": Local,
-        "huggingface": HuggingFace,
+        "model": Model, "docstrings": Docstrings, "packages": Package, "local": Local, "huggingface": HuggingFace,
         "pretrain": Pretrain,
-    }
-    named = [sections[part] for part in location if part in sections]
-    section = Package if "packages" in location else named[-1] if named else Profile
+    }  # fmt: skip
+    section = Profile
+    for part in location:
+        section = sections.get(part, section)
     return sorted(section.model_fields)

@@ -1,9 +1,9 @@
 """Run chapters headless, with papermill underneath, and remember what is done.
 
-An executed notebook stands in `_build/runs/<profile>/` beside a small record, `NN_noun.run.json`: how the run ended,
-how long it took, and a hash of everything that went in. A chapter is done when its run was completed and that hash is
-still the same; so a second `saelib run all` executes only what changed. A notebook is executed under a temporary
-name and renamed when it has ended, failed or not.
+An executed notebook stands in `_build/runs/<profile>/`. Its metadata say how the run ended, how long it took, and a
+hash of everything that went in. A chapter is done when its run was completed and that hash is still the same; so a
+second `saelib run all` executes only what changed. A notebook is executed under a temporary name and renamed when it
+has ended, failed or not.
 """
 
 from __future__ import annotations
@@ -12,18 +12,13 @@ import ast
 import hashlib
 import json
 import os
-import re
-import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import nbformat
 import papermill
-import yaml
 from ipykernel.kernelspec import get_kernel_dict
 from jupyter_client import AsyncKernelManager
 from jupyter_client.kernelspec import KernelSpec
@@ -32,7 +27,7 @@ from papermill.exceptions import PapermillExecutionError
 from papermill.execute import remove_error_markers
 
 from saelib import UserError
-from saelib.profile import BUILD, ROOT, Local, Profile, load_profile
+from saelib.profile import BUILD, ROOT, Profile, load_profile
 from saelib.report import content_hash, versions
 
 NOTEBOOKS = ROOT / "notebooks"
@@ -47,8 +42,8 @@ class Chapter(NamedTuple):
     title: str
     parameters: dict[str, object]
     """What its parameters cell assigns."""
-    content: str
-    """Its cells without outputs, as JSON: what decides whether it must be run again."""
+    content: list
+    """Type, source and tags of each cell: what decides whether it must be run again."""
 
     @property
     def name(self) -> str:
@@ -59,176 +54,103 @@ class ChapterFailed(Exception):
     """A cell raised an error. The message shows the cell and the error, and says where the notebook is."""
 
 
-class OwnKernel(AsyncKernelManager):
-    """A quiet kernel of the Python that runs this, whatever kernels the user or the machine has installed."""
-
-    @property
-    def kernel_spec(self) -> KernelSpec:
-        return KernelSpec(**get_kernel_dict(["--log-level=CRITICAL"]))
-
-
 # --- which chapters, with which parameters ----------------------------------------------------------------------------
 
 
-def chapters(folder: Path | None = None) -> list[Chapter]:
+def chapters() -> list[Chapter]:
     """All chapters (`NN_noun.ipynb`) in order."""
-    return [_read(path) for path in sorted((folder or NOTEBOOKS).glob("[0-9][0-9]_*.ipynb"))]
+    return [_read(path) for path in sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))]
 
 
 def _read(path: Path) -> Chapter:
     try:
-        notebook = nbformat.read(path, as_version=4)
-        parameters = _parameters(notebook)
-    except (OSError, ValueError, KeyError, AttributeError, SyntaxError) as error:
+        cells = nbformat.read(path, as_version=4).cells
+        content = [(cell.cell_type, cell.source, cell.metadata.get("tags", [])) for cell in cells]
+        assignments = ast.parse(next(source for _, source, tags in content if "parameters" in tags)).body
+        parameters = {node.targets[0].id: ast.literal_eval(node.value) for node in assignments}
+    except Exception as error:  # a damaged notebook raises whatever its first broken part provokes
         shown = " ".join(str(error).split())
-        raise UserError(
-            f"{path.name} is no notebook whose parameters cell holds only literals ({shown}): mend it"
-        ) from error
-    titles = (re.match(r"# (.+)", cell.source) for cell in notebook.cells if cell.cell_type == "markdown")
-    title = next((found[1].strip() for found in titles if found), path.stem)
-    metadata = ("tags", "mystnb")
-    cells = [
-        [cell.cell_type, cell.source, *(cell.metadata.get(key) for key in metadata), cell.get("attachments")]
-        for cell in notebook.cells
-    ]
-    return Chapter(path, title, parameters, json.dumps(cells, sort_keys=True))
-
-
-def _parameters(notebook: nbformat.NotebookNode) -> dict[str, object]:
-    """Names and literals assigned in the cell tagged `parameters`."""
-    sources = [cell.source for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ())]
-    assignments = [node for node in ast.parse("\n".join(sources)).body if isinstance(node, ast.Assign)]
-    return {node.targets[0].id: ast.literal_eval(node.value) for node in assignments}
+        raise UserError(f"{path.name} cannot be read, or its parameters are no literals ({shown}): mend it") from error
+    return Chapter(path, content[0][1].split("\n")[0].removeprefix("# "), parameters, content)
 
 
 def select(names: Sequence[str], found: list[Chapter]) -> list[Chapter]:
-    """Chapters by number (`01`, `1`), name (`01_induction`) or `all`, in the book's order.
+    """Chapters by number (`01`, `1`) or name (`01_induction`), in the book's order; without names or by `all`, all.
 
     Raises:
         UserError: there is no such chapter.
     """
-    chosen: set[str] = set()
-    for name in names or ["all"]:
-        wanted = Path(name).name.removesuffix(".ipynb")
-        matching = {c.name for c in found if wanted in ("all", c.name, c.name[:2], c.name[:2].lstrip("0"))}
-        if not matching and wanted != "all":
+    if not names or "all" in names:
+        return found
+    chosen = []
+    for name in names:
+        wanted = Path(name).stem.zfill(2)
+        matching = [chapter for chapter in found if wanted in (chapter.name, chapter.name[:2])]
+        if not matching:
             raise UserError(f"no chapter {name!r}: choose from {', '.join(c.name for c in found)}, or all")
-        chosen |= matching
-    return [chapter for chapter in found if chapter.name in chosen]
+        chosen += matching
+    return [chapter for chapter in found if chapter in chosen]
 
 
 def parse_pairs(pairs: Iterable[str]) -> dict[str, object]:
-    """`key=value` texts, values as YAML (`0.5`, `4e-4`, `true`, `null`, `[1, 2]`, words).
+    """`key=value` texts; a value is JSON (`0.5`, `4e-4`, `true`, `null`, `[1, 2]`), or else a text.
 
     Raises:
-        UserError: no `=`, or a value that is not YAML.
+        UserError: no `=`.
     """
     values: dict[str, object] = {}
     for pair in pairs:
         key, equals, text = pair.partition("=")
-        if not (key.strip() and equals):
+        if not equals:
             raise UserError(f"-p {pair!r} is not of the form key=value")
         try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise UserError(f"-p {key}: {text!r} is not YAML; quote it, as in -p {key}='\"…\"'") from error
-        if isinstance(value, str) and re.fullmatch(r"[-+]?\d+\.?\d*[eE][-+]?\d+", value):
-            value = float(value)  # YAML 1.1 wants a dot and a sign in every float; nobody writes them
-        known = value is None or isinstance(value, bool | int | float | str | list | dict)
-        values[key.strip()] = value if known else text
+            values[key] = json.loads(text)
+        except ValueError:
+            values[key] = text
     return values
 
 
-def checked(chapter: Chapter, values: dict[str, object]) -> dict[str, object]:
-    """The values, of the types that the chapter's parameters have.
+def check_parameters(chapter: Chapter, values: dict[str, object]) -> None:
+    """Refuse values that the chapter cannot take.
 
     Raises:
-        UserError: a key the chapter does not have, `profile`, or a value of another type.
+        UserError: a key the chapter does not have, or a value of another type.
     """
-    fitting: dict[str, object] = {}
+    allowed = [name for name in chapter.parameters if name != "profile"]
     for key, value in values.items():
-        if key == "profile":
-            raise UserError("-p profile=… is given as --profile")
-        if key not in chapter.parameters:
-            allowed = ", ".join(name for name in chapter.parameters if name != "profile") or "none"
-            raise UserError(f"chapter {chapter.name} has no parameter {key!r}; it has: {allowed}")
+        if key not in allowed:
+            has = ", ".join([*allowed, "and --profile"])
+            raise UserError(f"chapter {chapter.name} has no parameter {key!r}; it has: {has}")
         default = chapter.parameters[key]
-        if isinstance(default, str) and type(value) in (int, float):
-            value = str(value)
-        if not _fits(value, default):
+        whole_for_float = isinstance(default, float) and type(value) is int
+        if default is not None and type(value) is not type(default) and not whole_for_float:
             raise UserError(f"chapter {chapter.name}: {key} is {default!r} by default; {value!r} is of another type")
-        fitting[key] = float(value) if isinstance(default, float) else value
-    return fitting
-
-
-def _fits(value: object, default: object) -> bool:
-    if default is None:
-        return True
-    if isinstance(value, bool) or isinstance(default, bool):
-        return isinstance(value, bool) and isinstance(default, bool)
-    allowed = {float: int | float, tuple: list, list: list}.get(type(default), type(default))
-    return isinstance(value, allowed)
 
 
 # --- what is done -----------------------------------------------------------------------------------------------------
 
 
-def surroundings(profile: Profile) -> str:
-    """Start of a SHA-256 over what all chapters share: code, profile, local models and text, versions."""
-    source = ROOT / "saelib"
-    code = [path for path in (*source.glob("*.py"), *source.glob("*.mplstyle")) if path.name not in FRAME]
-    files = [*code, ROOT / "book" / "reported.yml", *_local_inputs(profile)]
-    hashes = [(path.name, content_hash(path)) for path in sorted(files) if path.exists()]
-    return _hash(profile.model_dump_json(), hashes, versions())
-
-
-def _hash(*parts: object) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _local_inputs(profile: Profile) -> list[Path]:
-    """Folders and files on this machine that the profile names: models, checkpoints, text."""
-    model = profile.model
-    names = [name for name in (model.name, model.second_seed, model.checkpoints) if name]
-    names += [str(profile.text.path)] if isinstance(profile.text, Local) else []
-    return [ROOT / name for name in names]
-
-
-class Record(NamedTuple):
-    """How the last run of a chapter ended."""
-
-    state: str
-    """`done`, `changed` (done, but something that went in is different now), `failed`, or `not run`."""
-    seconds: float | None = None
-
-
-def record(chapter: Chapter, out: Path, inputs: str) -> Record:
-    """The state of a chapter whose executed notebook belongs in `out`."""
-    try:
-        kept = json.loads(_record_path(chapter, out).read_text(encoding="utf-8"))
-        state, seconds, same = kept["state"], kept["seconds"], kept["inputs"] == inputs
-    except (OSError, ValueError, KeyError, TypeError):
-        return Record("not run")
-    if not (out / chapter.path.name).is_file():
-        return Record("not run")
-    return Record("changed" if state == "done" and not same else state, seconds)
-
-
-def _record_path(chapter: Chapter, out: Path) -> Path:
-    return out / f"{chapter.name}.run.json"
-
-
-# --- running ----------------------------------------------------------------------------------------------------------
+def surroundings(profile: Profile) -> list:
+    """What all chapters share: profile, versions, and hashes of code, local models and text, and published controls."""
+    source, model, text = ROOT / "saelib", profile.model, profile.text
+    files = [path for path in (*source.glob("*.py"), *source.glob("*.mplstyle")) if path.name not in FRAME]
+    named = ["book/reported.yml", model.name, model.second_seed, model.checkpoints, getattr(text, "path", None)]
+    files += [ROOT / name for name in named if name]
+    files += [path for path in (ROOT / "results").glob("*/*.json") if path.parent.name != profile.name]
+    return [profile.model_dump_json(), versions(), [(path.name, content_hash(path)) for path in sorted(files)]]
 
 
 class Plan(NamedTuple):
-    """One chapter, ready to run."""
+    """One chapter, ready to run, and how its last run ended."""
 
     chapter: Chapter
     parameters: dict[str, object]
     """Those that differ from the notebook's own."""
     inputs: str
-    last: Record
+    """Start of a SHA-256 over everything that goes in."""
+    state: str
+    """`done`, `changed` (done, but something that went in is different now), `failed`, or `not run`."""
+    seconds: float | None = None
 
 
 def plan(
@@ -244,24 +166,36 @@ def plan(
     out = (out or BUILD / "runs" / profile.name).resolve()
     if out == NOTEBOOKS.resolve():
         raise UserError(f"--out {out.name} holds the chapters themselves: choose another folder")
-    if any(path.exists() and not path.is_dir() for path in (out, *out.parents)):
-        raise UserError(f"--out {out.name} is a file, or below one: choose a folder")
+    if profile_name.endswith((".yml", ".yaml")):  # the kernel runs in the notebooks' folder
+        profile_name = os.path.relpath(profile_name, NOTEBOOKS)
     shared, plans = surroundings(profile), []
     for chapter in chosen:
-        parameters = {"profile": _for_kernel(profile_name), **checked(chapter, values)}
-        parameters = {k: v for k, v in parameters.items() if (k, v) not in chapter.parameters.items()}
-        inputs = _hash(shared, chapter.content, parameters)
-        plans.append(Plan(chapter, parameters, inputs, record(chapter, out, inputs)))
+        check_parameters(chapter, values)
+        given = {"profile": profile_name, **values}
+        parameters = {key: value for key, value in given.items() if value != chapter.parameters.get(key)}
+        everything = json.dumps([shared, chapter.content, parameters], sort_keys=True)
+        inputs = hashlib.sha256(everything.encode()).hexdigest()[:16]
+        plans.append(Plan(chapter, parameters, inputs, *_last_run(out / chapter.path.name, inputs)))
     return plans, out
 
 
-def _for_kernel(profile_name: str) -> str:
-    """A profile's file as the kernel, which runs in another folder, can find it; names stay what they are."""
-    path = Path(profile_name)
-    if not (path.suffix and path.is_file()):
-        return profile_name
-    path = path.resolve()
-    return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else str(path)
+def results_of(out: Path) -> Path:
+    """Where the numbers of runs in `out` go."""
+    return BUILD / "results" / out.name if out.parent == BUILD / "runs" else out / "results"
+
+
+def _last_run(executed: Path, inputs: str) -> tuple[str, float | None]:
+    """State and seconds, as `Plan` has them. Numbers that another run has overwritten count as a change."""
+    metadata = json.loads(executed.read_text(encoding="utf-8"))["metadata"] if executed.is_file() else {}
+    if "saelib" not in metadata:
+        return "not run", None
+    last = metadata["saelib"]
+    numbers = content_hash(results_of(executed.parent) / f"{executed.stem}.json")
+    stale = last["state"] == "done" and (last["inputs"], last["numbers"]) != (inputs, numbers)
+    return "changed" if stale else last["state"], last["seconds"]
+
+
+# --- running ----------------------------------------------------------------------------------------------------------
 
 
 def run(
@@ -270,7 +204,6 @@ def run(
     pairs: Iterable[str] = (),
     out: Path | None = None,
     force: bool = False,
-    say: Callable[[str], None] = print,
 ) -> None:
     """Run chapters that are not done (`force`: all of them) in order, one line each; stop at the first that fails.
 
@@ -285,88 +218,53 @@ def run(
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot write to {os.path.relpath(folder)}: {error.strerror}; choose another --out") from error
-    results = folder / "results" if out else BUILD / "results" / load_profile(profile_name).name
+        raise UserError(f"cannot write to --out {folder.name}: {error.strerror}; choose another folder") from error
     for item in plans:
-        if item.last.state == "done" and not force:
-            say(line(item.chapter, "up to date", item.last.seconds))
-            continue
-        _run_one(item, folder, results, say)
+        if item.state == "done" and not force:
+            print(line(item.chapter, "up to date", item.seconds))
+        else:
+            _run_one(item, folder / item.chapter.path.name, results_of(folder))
 
 
-def _run_one(item: Plan, out: Path, results: Path, say: Callable[[str], None]) -> None:
-    chapter, started = item.chapter, time.perf_counter()
-    _record_path(chapter, out).unlink(missing_ok=True)  # from here on it is not done until it has ended
-    failure = None
-    with tempfile.TemporaryDirectory(prefix=".partial-", dir=out) as partial:
-        unfinished = Path(partial) / chapter.path.name
-        try:
-            _execute(item, unfinished, results, started)
-        except (PapermillExecutionError, DeadKernelError) as error:
-            failure = error
-        _strip(unfinished)
-        unfinished.replace(out / chapter.path.name)
-    seconds = round(time.perf_counter() - started, 1)
-    state = "failed" if failure else "done"
-    _write_record(_record_path(chapter, out), {"state": state, "inputs": item.inputs, "seconds": seconds})
-    say(line(chapter, state, seconds))
-    if failure:
-        raise _explained(chapter, failure, out / chapter.path.name) from failure
-
-
-def _execute(item: Plan, output: Path, results: Path, started: float) -> None:
-    """Execute into `output`, which papermill also writes when a cell fails. No template is meant by { and }."""
-    chapter = item.chapter
-    with _environment(SAELIB_RESULTS=str(results), MPLBACKEND="module://matplotlib_inline.backend_inline"):
-        papermill.execute_notebook(
-            *(str(path).replace("{", "{{").replace("}", "}}") for path in (chapter.path, output)),
-            parameters=item.parameters, kernel_name="python3", language="python", cwd=chapter.path.parent,
-            progress_bar=False, kernel_manager_class=OwnKernel, on_cell_start=_ticker(chapter, started),
-        )  # fmt: skip
-
-
-@contextmanager
-def _environment(**variables: str) -> Iterator[None]:
-    """Variables for the kernel, which inherits ours."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
+def _run_one(item: Plan, kept: Path, results: Path) -> None:
+    chapter, started, failure = item.chapter, time.perf_counter(), None
+    kept.unlink(missing_ok=True)  # from here on the numbers are no longer its own
+    unfinished = kept.with_name(f".unfinished-{kept.name}")
     try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
+        _execute(item, unfinished, results)
+    except (PapermillExecutionError, DeadKernelError) as error:
+        failure = error
+    seconds, state = round(time.perf_counter() - started, 1), "failed" if failure else "done"
+    notebook = remove_error_markers(nbformat.read(unfinished, as_version=4))
+    del notebook.metadata["papermill"]  # holds paths of this machine
+    numbers = content_hash(results / f"{chapter.name}.json")
+    notebook.metadata["saelib"] = {"state": state, "inputs": item.inputs, "seconds": seconds, "numbers": numbers}
+    nbformat.write(notebook, unfinished)
+    unfinished.replace(kept)
+    print(line(chapter, state, seconds))
+    if failure:
+        raise _explained(chapter, failure, kept) from failure
 
 
-def _ticker(chapter: Chapter, started: float) -> Callable[..., None]:
-    """Says on a terminal which cell is running, on a line that the final one will replace."""
+def _execute(item: Plan, output: Path, results: Path) -> None:
+    """Execute into `output`, which papermill also writes when a cell fails."""
+    environment = {"SAELIB_RESULTS": str(results), "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
 
-    def tick(cell: nbformat.NotebookNode, cell_index: int) -> None:
-        if sys.stdout.isatty():
-            print(line(chapter, f"cell {cell_index + 1}", time.perf_counter() - started), end="\r", flush=True)
+    class OwnKernel(AsyncKernelManager):
+        """A quiet kernel of the Python that runs this, whatever kernels the user or the machine has installed."""
 
-    return tick
+        kernel_spec = KernelSpec(**get_kernel_dict(["--log-level=CRITICAL"]), env=environment)
+
+    papermill.execute_notebook(
+        item.chapter.path, output, item.parameters, cwd=item.chapter.path.parent,
+        kernel_name="python3", language="python", kernel_manager_class=OwnKernel,
+        progress_bar={"desc": item.chapter.name, "leave": False, "disable": None},  # None: on a terminal only
+    )  # fmt: skip
 
 
 def line(chapter: Chapter, state: str, seconds: float | None) -> str:
     """One chapter on one line: name, state, seconds."""
     return f"{chapter.name:<18} {state:<10} " + (" " * 9 if seconds is None else f"{seconds:7.1f} s")
-
-
-def _strip(path: Path) -> None:
-    """Keep the chapter and its outputs only: papermill's notes hold paths of this machine, and readers may download."""
-    notebook = remove_error_markers(nbformat.read(path, as_version=4))
-    for part in (notebook, *notebook.cells):
-        part.metadata.pop("papermill", None)
-        part.metadata.pop("execution", None)
-    nbformat.write(notebook, path)
-
-
-def _write_record(path: Path, content: dict[str, object]) -> None:
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    partial.write_text(json.dumps(content) + "\n", encoding="utf-8")
-    partial.replace(path)
 
 
 def _explained(chapter: Chapter, failure: Exception, kept: Path) -> Exception:
@@ -378,5 +276,5 @@ def _explained(chapter: Chapter, failure: Exception, kept: Path) -> Exception:
     if failure.ename == "UserError":
         return UserError(f"{chapter.name}, {where}: {failure.evalue}")
     source = "\n".join(f"    {line}" for line in failure.source.splitlines())
-    problem = f"{failure.ename}: {(failure.evalue.strip().splitlines() or [''])[0]}"
+    problem = f"{failure.ename}: " + failure.evalue.strip().split("\n")[0]
     return ChapterFailed(f"{chapter.name}: {where} failed\n{source}\n{problem}\nkept as {shown}")

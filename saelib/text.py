@@ -6,8 +6,9 @@ One interface, three sources: `documents` yields them, `contexts` and `token_bat
 The docstring corpus is what every installation already holds: the docstrings of pinned packages, parsed with
 `ast` and never imported. Which split a docstring belongs to follows from the path of its module file. Texts that
 are equal once identifiers and digits are masked count as near-copies; a near-copy of a test text is dropped
-from validation and training, one of a validation text from training. So no split has seen another, and
-validation and test can be harvested without parsing the training files.
+from validation and training, one of a validation text from training. So no whole docstring stands in two splits
+(single paragraphs do: packages repeat themselves), and validation and test can be harvested without parsing the
+training files.
 """
 
 from __future__ import annotations
@@ -68,11 +69,6 @@ def masked(text: str) -> str:
     return " ".join(_MASK.sub("#", text).split())
 
 
-def _package_folder(package: str) -> Path:
-    """Folder of an installed package, found without importing it."""
-    return Path(importlib.util.find_spec(package).origin).parent
-
-
 def _check_version(package: str, pinned: Package) -> None:
     """The pinned version, or a UserError. A local tag such as `+cpu` does not count."""
     try:
@@ -86,32 +82,30 @@ def _check_version(package: str, pinned: Package) -> None:
         )
 
 
-def _source_files(config: Docstrings) -> Iterator[tuple[str, str, Path]]:
-    """(package, path within the package's parent, file) for all module files, in a fixed order."""
+def _source_files(config: Docstrings, split: str) -> Iterator[tuple[str, str, Path]]:
+    """(package, path within the package's parent, file) for the module files of one split, in a fixed order.
+
+    Packages without a fingerprint, and the standard library, feed training only.
+    """
     for package, pinned in sorted(config.packages.items()):
         _check_version(package, pinned)
-        folder = _package_folder(package)
-        for file in sorted(folder.rglob("*.py"), key=lambda f: f.as_posix()):
-            yield package, file.relative_to(folder.parent).as_posix(), file
-    if config.standard_library:
+        folder = Path(importlib.util.find_spec(package).origin).parent  # found without importing it
+        for file in sorted(folder.rglob("*.py"), key=Path.as_posix):
+            relative = file.relative_to(folder.parent).as_posix()
+            if split == (split_of(relative) if pinned.fingerprint else "train"):
+                yield package, relative, file
+    if config.standard_library and split == "train":
         folder = Path(sysconfig.get_paths()["stdlib"])
-        for file in sorted(folder.rglob("*.py"), key=lambda f: f.as_posix()):
+        for file in sorted(folder.rglob("*.py"), key=Path.as_posix):
             relative = file.relative_to(folder)
             if not {"site-packages", "test", "tests", "idlelib", "lib2to3"} & set(relative.parts):
                 yield "python", relative.as_posix(), file
 
 
-def _file_split(config: Docstrings, package: str, relative: str) -> str:
-    """Packages without a fingerprint, and the standard library, feed training only."""
-    pinned = config.packages.get(package)
-    return split_of(relative) if pinned is not None and pinned.fingerprint else "train"
-
-
 def _docstrings(package: str, relative: str, file: Path) -> Iterator[Document]:
     """All docstrings of one module file. Files that Python cannot parse hold none."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", SyntaxWarning)
-        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore")
         try:
             tree = ast.parse(file.read_bytes())
         except (SyntaxError, ValueError):
@@ -139,9 +133,8 @@ def _definitions(node: ast.AST) -> Iterator[ast.AST]:
 
 def _read_split(config: Docstrings, split: str) -> list[Document]:
     """Docstrings of the files of one split, without exact copies, near-copies of other splits still in."""
-    files = [entry for entry in _source_files(config) if _file_split(config, *entry[:2]) == split]
     found: dict[str, Document] = {}
-    for entry in tqdm(files, desc=f"docstrings, {split}", unit="file", leave=False):
+    for entry in tqdm(list(_source_files(config, split)), desc=f"docstrings, {split}", unit="file", leave=False):
         for document in _docstrings(*entry):
             found.setdefault(document.text, document)
     return list(found.values())
@@ -164,7 +157,11 @@ def harvest(config: Docstrings, split: str) -> list[Document]:
             found["validation"] = _without(_read_split(config, "validation"), found["test"])
             check_fingerprints(config, found["test"] + found["validation"])
         for name, kept in found.items():
-            _write_parquet(pd.DataFrame(kept, columns=Document._fields), _cache(config, name))
+            path = _cache(config, name)
+            partial = path.with_suffix(f".{os.getpid()}.partial")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pd.DataFrame(kept, columns=Document._fields).to_parquet(partial)
+            partial.replace(path)
     return [Document(*row) for row in pd.read_parquet(_cache(config, split)).itertuples(index=False)]
 
 
@@ -174,17 +171,17 @@ def _without(found: list[Document], earlier: list[Document]) -> list[Document]:
     return [document for document in found if masked(document.text) not in seen]
 
 
-def fingerprints(config: Docstrings, evaluation: Iterable[Document]) -> dict[str, str]:
-    """Per package, the start of the SHA-256 over its test and validation docstrings in harvest order."""
+def check_fingerprints(config: Docstrings, evaluation: Iterable[Document]) -> None:
+    """Compare the start of the SHA-256 over each package's test and validation docstrings with the profile's.
+
+    Raises:
+        UserError: a package holds other docstrings than it did when the profile was written.
+    """
     digests = {package: hashlib.sha256() for package, pinned in config.packages.items() if pinned.fingerprint}
     for document in evaluation:
         digests[document.package].update(f"{document.name}\0{document.text}\0".encode())
-    return {package: digest.hexdigest()[:16] for package, digest in digests.items()}
-
-
-def check_fingerprints(config: Docstrings, evaluation: Iterable[Document]) -> None:
-    for package, found in fingerprints(config, evaluation).items():
-        pinned = config.packages[package]
+    for package, digest in digests.items():
+        found, pinned = digest.hexdigest()[:16], config.packages[package]
         if found != pinned.fingerprint:
             raise UserError(
                 f"the docstrings of {package} differ from the profile's (found {found}, not {pinned.fingerprint}): "
@@ -199,34 +196,26 @@ def _cache(config: Docstrings, split: str) -> Path:
     return BUILD / "cache" / f"docstrings-{split}-{key}.parquet"
 
 
-def _write_parquet(frame: pd.DataFrame, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    frame.to_parquet(partial)
-    partial.replace(path)
-
-
 # --- local text and Hugging Face data sets ----------------------------------------------------------------------------
 
 
-def _local(config: Local, split: str) -> Iterator[Document]:
+def _local(config: Local, split: str) -> list[Document]:
     """Files of a folder, or the blank-line-separated parts of one file; split by a hash of their content."""
-    path = config.path if config.path.is_absolute() else ROOT / config.path
+    path = ROOT / config.path  # an absolute path stays what it is
     if not path.exists():
         raise UserError(f"no text at {config.path}: give a text file, or a folder of .txt and .md files")
     files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.suffix in {".txt", ".md"})
-    found = False
+    found = []
     for file in files:
         try:
             text = file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"cannot read {file.name} as UTF-8 text: {error}; convert it, or leave it out") from error
-        for part in re.split(r"\n\s*\n", text) if path.is_file() else [text]:
-            found = found or bool(part.strip())
-            if part.strip() and split_of(part) == split:
-                yield Document(part, file.name, file.name, "text")
+        parts = re.split(r"\n\s*\n", text) if path.is_file() else [text]
+        found += [Document(part, file.name, file.name, "text") for part in parts if part.strip()]
     if not found:
         raise UserError(f"no text in {config.path}: the file or folder is empty")
+    return [document for document in found if split_of(document.text) == split]
 
 
 def _hub_rows(config: HuggingFace, split: str, seed: int | None) -> Iterator[dict]:
@@ -243,11 +232,8 @@ def _hub_rows(config: HuggingFace, split: str, seed: int | None) -> Iterator[dic
             f"data set {config.name!r} has no column {config.column!r}; it has {', '.join(rows.column_names)}"
         )
     n = config.evaluation_documents
-    if split == "train":
-        rows = rows.skip(2 * n)
-        yield from rows.shuffle(seed=seed, buffer_size=10_000) if seed is not None else rows
-    else:
-        yield from (rows if split == "validation" else rows.skip(n)).take(n)
+    rows = rows.skip(2 * n) if split == "train" else (rows if split == "validation" else rows.skip(n)).take(n)
+    yield from rows if seed is None else rows.shuffle(seed=seed, buffer_size=10_000)
 
 
 # --- one interface ----------------------------------------------------------------------------------------------------
@@ -266,13 +252,11 @@ def documents(profile: Profile, split: str, seed: int | None = None) -> Iterator
         for row in _hub_rows(text, split, seed):
             yield Document(row["text"], text.name, text.name, "text")
         return
-    found = harvest(text, split) if isinstance(text, Docstrings) else list(_local(text, split))
-    yield from (found if seed is None else _shuffled(found, seed))
-
-
-def _shuffled(items: list, seed: int) -> list:
-    order = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed))
-    return [items[i] for i in order.tolist()]
+    found = harvest(text, split) if isinstance(text, Docstrings) else _local(text, split)
+    if seed is not None:
+        order = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed))
+        found = [found[i] for i in order.tolist()]
+    yield from found
 
 
 def _token_stream(profile: Profile, tokenizer, split: str, seed: int | None) -> Iterator[list[int]]:

@@ -2,11 +2,9 @@ import subprocess
 import sys
 
 import pytest
-import yaml
 from click.testing import CliRunner
 
 from saelib import UserError, cli, runner
-from saelib.profile import ROOT
 
 
 def call(*arguments):
@@ -42,6 +40,7 @@ def test_help_is_instant():
         (["pretrain", "-p", "lr=100"], "'lr'"),
         (["pretrain", "-p", "hook.lr=100"], "'hook'"),
         (["pretrain", "-p", "pretrain.steps=many"], "'pretrain.steps'"),
+        (["pretrain", "-p", "pretrain.steps=100"], "checkpoints must rise and end at steps"),
     ],
 )
 def test_a_users_mistake_is_one_line_and_exit_code_2(arguments, message, tmp_path):
@@ -78,18 +77,16 @@ def test_list_shows_every_chapter_with_its_state(tmp_path):
     assert all("not run" in line for line in lines)
 
 
-def test_pretrain_takes_overrides_and_a_shorter_run_keeps_its_checkpoints(monkeypatch, tmp_path):
+def test_pretrain_takes_overrides(monkeypatch, tmp_path):
     calls = []
     monkeypatch.setattr("saelib.pretrain.pretrain", lambda *arguments: calls.append(arguments))
-    values = yaml.safe_load((ROOT / "profiles" / "docstring-gpt.yml").read_text())
-    values["pretrain"] = {"steps": 1000, "checkpoints": [0, 10, 50, 200, 1000]}
-    (tmp_path / "my.yml").write_text(yaml.safe_dump(values))
-    overrides = ["-p", "pretrain.steps=100", "-p", "pretrain.lr=1e-3", "--seed", "1", "--threads", "1"]
-    ended = call("pretrain", "--profile", str(tmp_path / "my.yml"), *overrides, "--out", str(tmp_path))
+    pairs = ["pretrain.steps=100", "pretrain.checkpoints=[0, 100]", "pretrain.lr=1e-3"]
+    overrides = [argument for pair in pairs for argument in ("-p", pair)]
+    ended = call("pretrain", *overrides, "--seed", "1", "--threads", "1", "--out", str(tmp_path))
     assert ended.exit_code == 0, ended.output
     profile, out, seed, _ = calls[0]
     recipe = profile.pretrain
-    assert (recipe.steps, recipe.lr, recipe.checkpoints, seed, out) == (100, 1e-3, (0, 10, 50, 100), 1, tmp_path)
+    assert (recipe.steps, recipe.lr, recipe.checkpoints, seed, out) == (100, 1e-3, (0, 100), 1, tmp_path)
 
 
 def test_book_stages_builds_and_says_where_it_is(monkeypatch, tmp_path):

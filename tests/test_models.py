@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -33,7 +34,7 @@ def folder(tmp_path_factory):
 
 def test_hooks_see_the_hugging_face_hidden_states():
     source = main_model(DEFAULT)
-    bridge = load_model(DEFAULT)
+    bridge = load_model(DEFAULT.model_copy(update={"device": "cpu"}))
     reference = AutoModelForCausalLM.from_pretrained(
         source.name, dtype=torch.float32, attn_implementation="eager"
     ).eval()
@@ -57,11 +58,31 @@ def test_shipped_checkpoints_start_at_zero_and_end_with_the_final_model():
     assert all(c.tokens == c.step * recipe.batch * recipe.context_length for c in found)
 
 
+def test_both_seeds_were_trained_for_as_long():
+    assert second_seed(DEFAULT).step == main_model(DEFAULT).step == DEFAULT.pretrain.steps
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_device_that_is_not_there_is_named(folder):
+    with pytest.raises(UserError, match="no cuda device here: set device to auto, or to one of"):
+        load_model(profile_of(folder).model_copy(update={"device": "cuda"}))
+
+
 def test_all_shipped_weights_differ_and_are_known_by_their_fingerprint():
     named = [main_model(DEFAULT), second_seed(DEFAULT), checkpoints(DEFAULT)[0]]
     prints = [fingerprint(load_model(DEFAULT, checkpoint)) for checkpoint in named]
     assert len(set(prints)) == 3
     assert prints[0] == fingerprint(load_model(DEFAULT))
+
+
+def test_the_model_card_says_what_the_configs_say():
+    card = (ROOT / "models/docstring-gpt/README.md").read_text()
+    for checkpoint in (main_model(DEFAULT), second_seed(DEFAULT)):
+        facts = json.loads((Path(checkpoint.name) / "config.json").read_text())["training"]
+        row = f"| {facts['seed']} | {facts['step']:,} | {facts['tokens']:,} | {facts['validation_loss']:.4f} |"
+        assert row in card and facts["data"] in card
+    for name, package in DEFAULT.text.packages.items():
+        assert f"| {name} | {package.version} | {package.fingerprint or 'training only'} |" in card
 
 
 def test_weights_in_git_stay_small():
@@ -141,6 +162,8 @@ def test_a_context_longer_than_the_model_is_refused(folder):
 def test_what_is_missing_is_named(tmp_path):
     with pytest.raises(UserError, match="no model folder models/typo/deep: `git checkout models`"):
         load_model(profile_of("models/typo/deep"))
+    with pytest.raises(UserError, match="no model folder models/docstring-gtp: `git checkout models`"):
+        load_model(profile_of("models/docstring-gtp"))
     with pytest.raises(UserError, match="no training checkpoints are known for 'gpt2'"):
         checkpoints(profile_of("gpt2", checkpoints="gpt2"))
     with pytest.raises(UserError, match="no step-NNNNNN folder"):

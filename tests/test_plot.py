@@ -8,8 +8,7 @@ import torch
 from matplotlib.colors import to_hex
 
 from saelib import plot
-from saelib.induction import Emergence, Excerpt, Head, History, Look
-from saelib.text import Document
+from saelib.induction import Head, History, looks
 
 SCORES = torch.tensor([[0.01, 0.02], [0.03, 0.8]])
 HISTORY = History(
@@ -17,11 +16,9 @@ HISTORY = History(
     torch.linspace(0, 0.9, 16).view(4, 2, 2), torch.linspace(0, 0.5, 16).view(4, 2, 2),
     torch.tensor([0.0, 0.1, 0.2, 5.0]), torch.tensor([8.3, 6.0, 4.0, 3.0]),
 )  # fmt: skip
-EXCERPT = Excerpt(
-    Document("text", "package", "name", "function"),
-    ["Return", "s", " the", " $x_1$", ".\n", "\n", "The", " longer", " line", " of", " the", " text"],
-    [Look(10, 3, 0.9), Look(9, 1, 0.2)], [""] * 12,
-)  # fmt: skip
+TOKENS = ["Return", "s", " the", " $x_1$", ".\n", "\n", "The", " longer", " line", " of", " the", " text"]
+ATTENTION = torch.zeros(12, 12)
+ATTENTION[10, 3], ATTENTION[9, 1] = 0.9, 0.2
 
 
 @pytest.fixture(autouse=True)
@@ -78,11 +75,19 @@ def test_labels_at_line_ends_do_not_touch(ax):
 
 def test_emergence_shows_step_zero(ax):
     axes = plt.subplots(3, 1, sharex=True)[1]
-    plot.emergence(axes, HISTORY, Head(1, 1), Head(0, 1), Emergence(3e6, 100_000, 10_000_000), 16e6)
+    plot.emergence(axes, HISTORY, Head(1, 1), Head(0, 1), (3e6, 100_000, 10_000_000), 16e6)
     assert [tick.get_text() for tick in axes[2].get_xticklabels()][:2] == ["0", "1 k"]
     assert "published law" in words(axes[0]) and "L1H1" in words(axes[0]) and "half way" in words(axes[1])
+    assert "plain" not in words(axes[1]), "no control, no line"
     line = axes[1].lines[0]
-    assert len(line.get_xdata()) == 4 and line.get_xdata()[0] < 3, "0 stands left of the first checkpoint"
+    assert line.get_xdata()[0] == 0 and axes[1].get_xlim()[0] < 0, "0 is on the axis"
+
+
+def test_emergence_shows_the_control():
+    axes = plt.subplots(3, 1, sharex=True)[1]
+    plot.emergence(axes, HISTORY, Head(1, 1), Head(0, 1), None, 16e6, ([0, 1000, 16_000_000], [0.0, 0.1, 0.4]))
+    assert "plain text only" in words(axes[1]) and "with repeats" in words(axes[1])
+    assert list(axes[1].lines[-1].get_ydata()) == [0.0, 0.1, 0.4]
 
 
 def test_emergence_without_law_or_moment():
@@ -104,11 +109,9 @@ def test_maps_write_their_numbers(ax, signed):
     assert ax.patches[0].get_xy() == (0.5, 0.5), "the frame is around layer 1, head 1"
 
 
-@pytest.mark.parametrize(
-    ("value", "text"), [(0.613, ".61"), (-0.05, "-.05"), (1.0, "1.00"), (-0.001, ".00"), (1.06, "1.06")]
-)
-def test_numbers_in_cells(value, text):
-    assert plot._short(value) == text
+def test_numbers_in_cells(ax):
+    plot.head_map(ax, torch.tensor([[0.613, -0.05, 1.0, -0.001, 1.06]]), "recovered", signed=True)
+    assert [text.get_text() for text in ax.texts] == [".61", "-.05", "1.00", ".00", "1.06"]
 
 
 def test_large_maps_have_a_colour_bar(ax):
@@ -130,12 +133,12 @@ def test_ablation_points_at_the_head(ax):
 
 @pytest.mark.parametrize("untrained", [None, SCORES / 10])
 def test_copying(ax, untrained):
-    plot.copying(ax, 2 * SCORES - 1, SCORES, untrained, [Head(1, 1)], "by embeddings")
+    plot.copying(ax, 2 * SCORES - 1, SCORES, untrained, Head(1, 1), "by embeddings")
     assert "L1H1" in words(ax) and ("untrained" in words(ax)) == (untrained is not None)
 
 
 def test_an_excerpt_is_readable_text(ax):
-    plot.attention_arrows(ax, EXCERPT, width=30)
+    plot.attention_arrows(ax, looks(ATTENTION, TOKENS, [""] * 12), width=30)
     lines = {}
     for letter in ax.texts:
         lines.setdefault(letter.get_position()[1], []).append((letter.get_position()[0], letter.get_text()))
@@ -147,4 +150,4 @@ def test_an_excerpt_is_readable_text(ax):
 
 def test_long_text_is_wrapped():
     places, lines = plot._typeset(["abcd", " efgh", " ij", "\n"], 8)
-    assert places == [(0, 0), (0, 1), (5, 1), (8, 1)] and lines == 2
+    assert places == [(0, 0), (-1, 1), (4, 1), (7, 1)] and lines == 2

@@ -60,7 +60,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
         second.advance(TOKENS)
     for one, other in zip(straight.parameters + straight.average, second.parameters + second.average, strict=True):
         assert torch.equal(one, other)
-    with pytest.raises(UserError, match="another recipe or seed"):
+    with pytest.raises(UserError, match="another recipe, seed or text"):
         Run(RECIPE, 1, "cpu").resume(tmp_path / "state.pt")
 
 
@@ -99,7 +99,11 @@ def test_the_command_writes_loadable_models_and_resumes_after_a_crash(profile, t
         assert (straight / name).read_bytes() == (stopped / name).read_bytes()
     assert sorted(p.name for p in (straight / "checkpoints").iterdir()) == ["step-000000", "step-000005"]
     logs = [[json.loads(line) for line in (run / "log.jsonl").open()] for run in (straight, stopped)]
-    assert [line["step"] for line in logs[0]] == [line["step"] for line in logs[1]] == [0, 4, 5, 8, 12]
+    losses = [[(line["step"], line["training_loss"], line["validation_loss"]) for line in log] for log in logs]
+    assert losses[0] == losses[1] and [step for step, *_ in losses[0]] == [0, 4, 5, 8, 12]
+    before = (straight / "log.jsonl").read_text(), (straight / "model.safetensors").read_bytes()
+    pretrain.pretrain(profile, straight)  # a finished run stays as it is
+    assert before == ((straight / "log.jsonl").read_text(), (straight / "model.safetensors").read_bytes())
     model = load_model(profile.model_copy(update={"model": Model(name=str(straight))}))
     assert model.cfg.n_layers == 1 and json.loads((straight / "config.json").read_text())["training"]["step"] == 12
 
@@ -114,6 +118,20 @@ def test_a_profile_without_a_recipe_is_refused(profile, tmp_path):
     with pytest.raises(UserError, match="no pretrain section"):
         pretrain.pretrain(profile.model_copy(update={"pretrain": None}), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_another_text_makes_another_vocabulary(profile, tmp_path):
+    first = pretrain._tokenizer(profile)
+    (tmp_path / "text.txt").write_text("\n\n".join(f"zebra {i} quagga" for i in range(700)))
+    assert "zebra" in "".join(pretrain._tokenizer(profile).get_vocab()) and "zebra" not in "".join(first.get_vocab())
+
+
+@pytest.mark.parametrize(
+    "values", [{"checkpoints": ()}, {"warmup": 0}, {"n_head": 3}, {"batch": 0}, {"ema": 1.0}, {"vocab_size": 70000}]
+)
+def test_an_impossible_recipe_is_refused(values):
+    with pytest.raises(ValueError, match=next(iter(values))):
+        Pretrain(**{**RECIPE.model_dump(), **values})
 
 
 def test_a_schedule_must_rise_to_the_end():

@@ -54,7 +54,7 @@ def test_a_wrong_profile_is_explained_in_one_line(tmp_path, text, words):
 
 
 def test_unknown_name_lists_the_choices(tmp_path):
-    with pytest.raises(UserError, match="docstring-gpt, gpt2-small"):
+    with pytest.raises(UserError, match="docstring-gpt, docstring-gpt-plain, gpt2-small"):
         load_profile("docstring")
     with pytest.raises(UserError, match="cannot read"):
         load_profile(tmp_path / "absent.yml")
@@ -78,3 +78,24 @@ def test_docstring_profile_evaluates_on_third_party_packages_only():
     assert "torch" not in evaluated  # CPU and CUDA builds of one version may differ
     assert len(evaluated) >= 10
     assert (ROOT / "profiles/docstring-gpt.yml").is_file()
+
+
+def test_a_profile_may_extend_another(tmp_path):
+    base = load_profile("docstring-gpt")
+    mine = load_profile(write(tmp_path, "extends: docstring-gpt\nname: mine\nmodel: {name: a/b}\n"))
+    assert (mine.model.name, mine.model.second_seed) == ("a/b", base.model.second_seed)
+    assert mine.text == base.text and mine.pretrain == base.pretrain
+    local = load_profile(write(tmp_path, "extends: docstring-gpt\nname: m\ntext: {source: local, path: a.txt}\n"))
+    assert local.text.path.name == "a.txt"
+    with pytest.raises(UserError, match="unknown key 'pretrain.stebs'"):
+        load_profile(write(tmp_path, "extends: docstring-gpt\nname: m\npretrain: {stebs: 3}\n"))
+    with pytest.raises(UserError, match="mine.yml extends itself"):
+        load_profile(write(tmp_path, "extends: mine\nname: m\n"))
+    with pytest.raises(UserError, match="no profile 'nobody'"):
+        load_profile(write(tmp_path, "extends: nobody\nname: m\n"))
+
+
+def test_the_control_differs_in_the_repeats_and_the_length_only():
+    plain, base = load_profile("docstring-gpt-plain").pretrain, load_profile("docstring-gpt").pretrain
+    changed = {"repeat_share": 0.0, "steps": plain.steps, "checkpoints": plain.checkpoints}
+    assert plain == base.model_copy(update=changed)

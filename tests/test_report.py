@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from saelib import UserError, report
 from saelib.profile import ROOT, load_profile
@@ -30,7 +31,7 @@ def folder(tmp_path, monkeypatch):
 def glued(monkeypatch):
     """What the book would get from a notebook."""
     found = {}
-    monkeypatch.setattr("IPython.get_ipython", lambda: object())
+    monkeypatch.setattr(report, "get_ipython", lambda: object())
     monkeypatch.setattr("myst_nb.glue", lambda name, value, display: found.update({name: (value, display)}))
     return found
 
@@ -80,7 +81,7 @@ def test_rendering(arguments, text):
 
 
 def test_provenance_says_what_ran_and_not_who_ran_it_where(profile, folder):
-    chapter = Report("01_toy", profile, seed=3, text=Path.home() / "own.txt")
+    chapter = Report("01_toy", profile, seed=3, word="a")
     model = torch.nn.Linear(2, 2, dtype=torch.float64)
     model.weights_fingerprint = "abc123"
     chapter.uses(model)
@@ -90,7 +91,7 @@ def test_provenance_says_what_ran_and_not_who_ran_it_where(profile, folder):
     found = json.loads(text)["provenance"]
     assert found["weights"] == {"model": "abc123", "second seed": "abc123"}
     assert (found["device"], found["dtype"], found["seed"]) == ("cpu", "float64", 3)
-    assert found["parameters"]["text"] == "own.txt"
+    assert found["parameters"] == {"seed": 3, "word": "a"}
     assert found["date"] == chapter.date and len(chapter.date) == 10
     assert found["versions"]["torch"] == torch.__version__
     assert found["wall_seconds"] >= 0
@@ -120,14 +121,14 @@ def test_the_commit_is_of_this_checkout_or_null(tmp_path, monkeypatch):
 
 def test_results_go_below_build_unless_told_otherwise(profile, monkeypatch):
     monkeypatch.delenv("SAELIB_RESULTS", raising=False)
-    assert report.results_folder(profile) == ROOT / "_build" / "results" / "docstring-gpt"
+    assert Report("01_toy", profile).path == ROOT / "_build" / "results" / "docstring-gpt" / "01_toy.json"
     monkeypatch.setenv("SAELIB_RESULTS", "_build/check")
-    assert report.results_folder(profile) == ROOT / "_build" / "check"
+    assert Report("01_toy", profile).path == ROOT / "_build" / "check" / "01_toy.json"
 
 
 def test_reported_figures_have_a_source_in_the_bibliography():
     bibliography = (ROOT / "book" / "references.bib").read_text(encoding="utf-8")
-    for key, figure in report._reported().items():
+    for key, figure in yaml.safe_load((ROOT / "book" / "reported.yml").read_text(encoding="utf-8")).items():
         assert set(figure) <= {"value", "unit", "source", "note"} and {"value", "source"} <= set(figure), key
         assert f"{{{figure['source']}," in bibliography, key
     assert reported("induction_law_exponent")["value"] == 5.7

@@ -163,8 +163,9 @@ def test_splits_of_every_source_are_disjoint_and_complete(kind, sources):
 def test_seed_changes_the_order_and_not_the_documents(sources):
     for kind in ("file", "hub"):
         profile = DEFAULT.model_copy(update={"text": sources[kind]})
-        fixed, shuffled = list(documents(profile, "train")), list(documents(profile, "train", seed=3))
-        assert fixed != shuffled and sorted(fixed) == sorted(shuffled)
+        for split in ("train", "test"):
+            fixed, shuffled = list(documents(profile, split)), list(documents(profile, split, seed=3))
+            assert fixed != shuffled and sorted(fixed) == sorted(shuffled)
 
 
 def test_contexts_hold_the_documents_end_to_end(tmp_path, tokenizer):
