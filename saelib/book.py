@@ -10,6 +10,7 @@ progress bar and no sentence that has changed since can reach the book or the ch
 
 from __future__ import annotations
 
+import base64
 import copy
 import json
 import shutil
@@ -27,6 +28,8 @@ from saelib.profile import BUILD, ROOT, available, load_profile
 SITE = BUILD / "site"
 DEFAULT = "docstring-gpt"
 """The profile whose outputs are committed."""
+README_FIGURE = "book/images/readme.png"
+"""The figure of the cell tagged `readme`."""
 
 
 def merge(source: NotebookNode, run: NotebookNode, chapter: str) -> NotebookNode:
@@ -155,6 +158,9 @@ def publish(profile: str) -> list[Path]:
         written[ROOT / numbers] = (BUILD / numbers).read_bytes()
         if name == DEFAULT:
             written[ROOT / "notebooks" / f"{chapter}.ipynb"] = _stripped(notebook)
+            for cell in notebook.cells:
+                if "readme" in cell.metadata.get("tags", ()):
+                    written[ROOT / README_FIGURE] = base64.b64decode(cell.outputs[0].data["image/png"])
     for path, content in written.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
