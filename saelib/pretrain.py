@@ -266,7 +266,7 @@ def _record(run: Run, held_out: Tensor, losses: list[float], out: Path) -> None:
     facts = {"step": run.step, "tokens": run.tokens, "seed": run.seed, "data": run.data, "validation_loss": loss}
     if run.step in run.recipe.checkpoints:
         folder.parent.mkdir(exist_ok=True)
-        export(averaged, folder, facts)
+        export(averaged, folder, {**facts, "recipe": run.recipe.model_dump(mode="json")})
     line = {
         **facts,
         "training_loss": round(float(np.mean(losses)), 4) if losses else None,

@@ -60,6 +60,9 @@ def test_shipped_checkpoints_start_at_zero_and_end_with_the_final_model():
 
 def test_both_seeds_were_trained_for_as_long():
     assert second_seed(DEFAULT).step == main_model(DEFAULT).step == DEFAULT.pretrain.steps
+    for checkpoint in (main_model(DEFAULT), second_seed(DEFAULT)):
+        facts = json.loads((Path(checkpoint.name) / "config.json").read_text())["training"]
+        assert facts["recipe"] == DEFAULT.pretrain.model_dump(mode="json")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

@@ -105,7 +105,9 @@ def test_the_command_writes_loadable_models_and_resumes_after_a_crash(profile, t
     pretrain.pretrain(profile, straight)  # a finished run stays as it is
     assert before == ((straight / "log.jsonl").read_text(), (straight / "model.safetensors").read_bytes())
     model = load_model(profile.model_copy(update={"model": Model(name=str(straight))}))
-    assert model.cfg.n_layers == 1 and json.loads((straight / "config.json").read_text())["training"]["step"] == 12
+    assert model.cfg.n_layers == 1 and model.cfg.d_model == 16
+    facts = json.loads((straight / "config.json").read_text())["training"]
+    assert facts["step"] == 12 and facts["recipe"]["checkpoints"] == [0, 5, 12]
 
 
 def test_a_diverging_run_stops_with_the_step(profile, tmp_path):
