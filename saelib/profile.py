@@ -119,6 +119,104 @@ class Pretrain(Section):
         return self
 
 
+class Recipe(Section):
+    """How a sparse autoencoder is trained: one field per ingredient, by default as Gao et al. (2024) have it."""
+
+    architecture: Literal["topk", "batchtopk", "relu", "prolu", "gated"] = "topk"
+    """What turns pre-activations into latents (`saelib.sae`). The paper's is `topk`; the others are what it compares with."""
+    n_latents: PositiveInt = 2048
+    k: PositiveInt = 16
+    """Latents that may be active at a token (`batchtopk`: on average over a batch; `relu`, `prolu`, `gated` ignore it)."""
+    l1: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the sparsity penalty of `relu`, `prolu` and `gated`; TopK needs none (section 2.3)."""
+    latent_bias: bool = False
+    """A bias per latent before the selection. The paper's equation has none, the released files do; `relu`, `prolu`
+    and `gated` always have it."""
+    normalize: Literal["unit", "layer_norm", "none"] = "unit"
+    """Inputs lose their mean over d_model and are divided by their norm (section 2.1), or by their standard deviation
+    (`layer_norm`, the released code), or stay as they are."""
+    tokens: PositiveInt = 10_000_000
+    """Length of the run; the text is read again as often as needed."""
+    batch: PositiveInt = 4096
+    """Tokens in one step (the paper: 131,072)."""
+    lr: PositiveFloat | None = None
+    """Learning rate, constant. Absent: `lr_anchor` x sqrt(2^14 / n_latents), the scaling of section 3.1."""
+    lr_anchor: PositiveFloat = 2e-4
+    """Learning rate at 2^14 latents."""
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    eps: PositiveFloat = 6.25e-10
+    """Adam's (appendix A)."""
+    warmup: Annotated[int, Field(ge=0)] = 0
+    """Steps of linear warm-up; the paper has none."""
+    clip: PositiveFloat | None = None
+    """Largest gradient norm; the paper clips only its GPT-4 runs."""
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    """Decay of the weight average per step, taken after the step, bias-corrected; the SAE that is kept (appendix A).
+    0 keeps the last weights."""
+    tied_init: bool = True
+    """The encoder starts as the transpose of the decoder (appendix A); otherwise as another random matrix."""
+    tied: bool = False
+    """The encoder stays the decoder's transpose for ever: the journal's mistake of entry 0707, kept for comparison."""
+    unit_norm: bool = True
+    """Decoder directions have norm 1 after every step (appendix A)."""
+    project: bool = True
+    """The gradient's part along each decoder direction is taken out before the step (appendix A)."""
+    pre_bias: Literal["median", "mean", "zero", "raw_median"] = "median"
+    """Start of the pre-bias: geometric median of a sample (appendix A), its mean, 0, or the median of the activations as
+    they were before normalisation (the journal's mistake of entry 0708)."""
+    mse_constant: bool = True
+    """The squared error is divided by that of predicting the mean, computed once at the start; otherwise by d_model."""
+    loss_space: Literal["normalized", "raw"] = "normalized"
+    """Where the error is measured: after normalisation (section 2.1), or in the activation's own units (the journal)."""
+    multi_topk: bool = False
+    """Adds 1/8 of the loss at 4k, so that the code also works at other k than k (section 5.3, a variant)."""
+    k_aux: Annotated[int, Field(ge=0)] = 64
+    """Dead latents that reconstruct the error at each token: a power of two near d_model / 2; 0 switches AuxK off."""
+    aux_coefficient: Annotated[float, Field(ge=0)] = 1 / 32
+    """Weight of the AuxK loss (appendix A.2)."""
+    dead_after: PositiveInt = 10_000_000
+    """Tokens without firing after which a latent is dead (appendix A.2)."""
+
+    @model_validator(mode="after")
+    def _fits(self):
+        if self.architecture in {"topk", "batchtopk"} and self.k > self.n_latents:
+            raise ValueError(f"k = {self.k} is more than n_latents = {self.n_latents}")
+        if self.batch > self.tokens:
+            raise ValueError(f"batch = {self.batch} is more than tokens = {self.tokens}")
+        return self
+
+    @property
+    def rate(self) -> float:
+        """The learning rate that applies."""
+        return self.lr if self.lr is not None else self.lr_anchor * (2**14 / self.n_latents) ** 0.5
+
+    @property
+    def steps(self) -> int:
+        return self.tokens // self.batch
+
+
+class Activations(Section):
+    """Which activations the SAEs see, and how they are mixed."""
+
+    positions: tuple[int, int | None] = (0, None)
+    """First and one-past-last token position kept, counted as Python slices are: (1, null) leaves out position 0 (and
+    with it a prepended BOS), (-1, null) keeps only the last. The paper trains on all."""
+    block: PositiveInt = 4096
+    """Contexts that are harvested and shuffled together; two such blocks are in memory at a time."""
+
+
+class Sae(Section):
+    """One SAE of the profile, by the profile's recipe with some values replaced."""
+
+    path: Path | None = None
+    """Where it is kept, relative to the checkout; absent: below `_build/sae`."""
+    seed: int = 0
+    checkpoint: int | None = None
+    """Training step of the model it reads; absent: the final model."""
+    recipe: dict[str, object] = {}
+
+
 class Profile(Section):
     """One scale of the experiment."""
 
@@ -134,6 +232,21 @@ class Profile(Section):
     prepend_bos: bool = False
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     pretrain: Pretrain | None = None
+    activations: Activations = Activations()
+    recipe: Recipe = Recipe()
+    saes: dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")], Sae] = {}
+    """The SAEs of this profile by name."""
+
+    def recipe_of(self, sae: str) -> Recipe:
+        """The recipe of one of `saes`.
+
+        Raises:
+            UserError: no such SAE.
+        """
+        if sae not in self.saes:
+            has = ", ".join(self.saes) or "none: add a saes section"
+            raise UserError(f"profile {self.name!r} has no SAE {sae!r}; it has {has}")
+        return override(self, {f"recipe.{key}": value for key, value in self.saes[sae].recipe.items()}).recipe
 
 
 def available() -> list[str]:
@@ -219,7 +332,7 @@ def _allowed(location: tuple) -> list[str]:
     """Keys allowed at a place in the profile, given as pydantic does: `("text", "docstrings", "packages", "torch")`."""
     sections = {
         "model": Model, "docstrings": Docstrings, "packages": Package, "local": Local, "huggingface": HuggingFace,
-        "pretrain": Pretrain,
+        "pretrain": Pretrain, "recipe": Recipe, "activations": Activations, "saes": Sae,
     }  # fmt: skip
     section = Profile
     for part in location:

@@ -1,0 +1,237 @@
+"""What a sparse autoencoder is trained to minimise, and its gradients.
+
+    loss = sum |x - x_hat|^2 / (tokens * constant)          squared error, 1 for predicting the mean
+         + 1/8 of the same at 4k                            MultiTopK, if asked
+         + l1 * sum z / tokens                              relu, prolu, gated
+         + 1/32 * sum |e - e_hat|^2 / sum |e - mean e|^2    AuxK: dead latents reconstruct the error e = x - x_hat
+
+`dense` is the reference, for every architecture: products of full matrices, differentiated by autograd. `sparse` is for
+TopK, by hand, and reaches only the k rows that a token uses. Both leave gradients in `.grad`; tests hold them together.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from saelib import UserError, ops
+from saelib.profile import Recipe
+from saelib.sae import SAE
+
+
+class Terms(NamedTuple):
+    """Parts of a loss, and what the step learned about its batch."""
+
+    loss: Tensor
+    mse: Tensor
+    """Squared error over that of predicting the mean."""
+    aux: Tensor
+    l0: Tensor
+    """Active latents per token."""
+    fired: Bool[Tensor, "n_latents"]
+
+
+class World:
+    """Where this process stands among others: it holds a part of the latents and sees a part of every batch.
+
+    Processes are numbered as torchrun does; `shards` neighbours share a batch and split the latents, and the groups
+    of them split the tokens. Alone (the default), every operation is the identity.
+    """
+
+    def __init__(self, shards: int = 1):
+        there = dist.is_initialized()
+        self.size, self.rank = (dist.get_world_size(), dist.get_rank()) if there else (1, 0)
+        if self.size % shards:
+            raise UserError(f"{self.size} processes do not make groups of {shards} shards: choose a divisor")
+        self.shards, self.shard = shards, self.rank % shards
+        self.parts, self.part = self.size // shards, self.rank // shards
+        ranks = [[part * shards + shard for shard in range(shards)] for part in range(self.parts)]
+        self._latents, self._tokens = None, None
+        if shards > 1:
+            self._latents = [dist.new_group(group) for group in ranks][self.part]
+        if self.parts > 1:
+            self._tokens = [dist.new_group(list(group)) for group in zip(*ranks, strict=True)][self.shard]
+
+    def over_latents(self, x: Tensor) -> Tensor:
+        """Sum over the processes that hold the other latents, in place."""
+        if self._latents is not None:
+            dist.all_reduce(x, group=self._latents)
+        return x
+
+    def over_tokens(self, x: Tensor, op: dist.ReduceOp = dist.ReduceOp.SUM) -> Tensor:
+        """Sum over the processes that see the other tokens, in place."""
+        if self._tokens is not None:
+            dist.all_reduce(x, op, group=self._tokens)
+        return x
+
+    def gather(self, x: Tensor) -> list[Tensor]:
+        """One tensor of each shard, in order."""
+        if self._latents is None:
+            return [x]
+        everyone = [torch.empty_like(x) for _ in range(self.shards)]
+        dist.all_gather(everyone, x.contiguous(), group=self._latents)
+        return everyone
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+    def keep(self, values: Float[Tensor, "batch k"], k: int) -> Float[Tensor, "batch k"]:
+        """Candidates, largest first, with all but the k largest (of all shards) set to 0: an exact global top-k."""
+        if self._latents is None:
+            return torch.nn.functional.pad(values[:, :k], (0, max(0, values.shape[1] - k)))
+        best = torch.cat(self.gather(values), dim=1).topk(k).indices - self.shard * values.shape[1]
+        mine = (best >= 0) & (best < values.shape[1])
+        kept = torch.zeros_like(values)
+        return kept.scatter_add(1, best.clamp(0, values.shape[1] - 1), mine.to(values.dtype)) * values
+
+
+def dense(sae: SAE, x: Float[Tensor, "batch d_model"], recipe: Recipe, constant: float, dead: Tensor) -> Terms:
+    """The loss by autograd, gradients in `.grad`: the reference, and the way of every architecture but TopK.
+
+    Args:
+        x: raw activations.
+        constant: mean squared distance of an activation from the mean (per token, in the loss's space).
+        dead: Bool[Tensor, "n_latents"]; AuxK acts on these.
+    """
+    x, _, scale = sae.normalized(x)
+    unit = scale if recipe.loss_space == "raw" and scale is not None else 1.0
+    pre = sae.pre_activations(x)
+    z = sae.activate(pre)
+    error = unit * (x - z @ sae.W_dec - sae.pre_bias)
+    mse = error.square().sum() / (len(x) * constant)
+    loss, aux = mse, mse.new_zeros(())
+    if recipe.multi_topk:
+        values, indices = pre.topk(min(4 * recipe.k, sae.n_latents))
+        more = torch.zeros_like(pre).scatter(-1, indices, values.relu())
+        loss = loss + (unit * (x - more @ sae.W_dec - sae.pre_bias)).square().sum() / (8 * len(x) * constant)
+    if sae.architecture == "gated":
+        gate = (pre + sae.latent_bias).relu()
+        through = gate @ sae.W_dec.detach() + sae.pre_bias.detach()
+        loss = loss + (unit * (x - through)).square().sum() / (len(x) * constant) + recipe.l1 * gate.sum() / len(x)
+    elif recipe.l1:
+        loss = loss + recipe.l1 * z.sum() / len(x)
+    if recipe.k_aux and dead.any():
+        target = error.detach()
+        values, indices = pre[:, dead].topk(min(recipe.k_aux, int(dead.sum())))
+        z_aux = torch.zeros_like(pre[:, dead]).scatter(-1, indices, values.relu())
+        aux = (target - unit * (z_aux @ sae.W_dec[dead])).square().sum() * _per_spread(target, World())
+        loss = loss + recipe.aux_coefficient * aux
+    loss.backward()
+    active = z.detach() > 0
+    return Terms(loss.detach(), mse.detach(), aux.detach(), active.sum() / len(x), active.any(0))
+
+
+def _per_spread(e: Float[Tensor, "batch d_model"], world: World) -> Tensor:
+    """1 / sum over tokens of |e - mean e|^2; 0 where all errors are equal: one token teaches AuxK nothing."""
+    total = world.over_tokens(torch.cat([e.sum(0), e.new_tensor([len(e)]), e.square().sum()[None]]))
+    e = e - total[:-2] / total[-2]
+    spread = world.over_tokens(torch.linalg.vecdot(e, e).sum())
+    return torch.where(spread > torch.finfo(e.dtype).eps * total[-1], 1 / spread, 0)
+
+
+def _times(x: Float[Tensor, "batch d_model"], weight: Tensor | None, factor: Tensor | float) -> Tensor:
+    return x * factor if weight is None else x * (factor * weight)
+
+
+class Sparse:
+    """The same for TopK, with hand-written gradients. Keeps its large buffers from step to step.
+
+    With `world`, `sae` holds this process's latents and `x` its tokens; terms and gradients are those of the whole.
+    """
+
+    def __init__(self, sae: SAE, recipe: Recipe, constant: float, world: World | None = None):
+        self.sae, self.recipe, self.constant = sae, recipe, constant
+        self.world = world or World()
+        self.pre = torch.empty(0)
+        for parameter in sae.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+
+    @torch.no_grad()
+    def __call__(self, x: Float[Tensor, "batch d_model"], dead: Tensor) -> Terms:
+        sae, recipe, world = self.sae, self.recipe, self.world
+        normalized, _, scale = sae.normalized(x)
+        weight = scale.square() if recipe.loss_space == "raw" and scale is not None else None
+        per_token = 1 / (len(x) * world.parts * self.constant)
+        centred = torch.sub(normalized, sae.pre_bias, out=None if normalized is x else normalized)
+        pre = self._pre_activations(centred)
+        wide = min(4 * recipe.k, sae.n_latents * world.shards) if recipe.multi_topk else recipe.k
+        values, indices = ops.topk(pre, min(wide, sae.n_latents))
+        z = world.keep(values, recipe.k).relu()
+        error, mse = self._error(z, indices, centred, weight)  # x - x_hat
+        mse = mse * per_token
+        g = _times(error, weight, -2 * per_token)[None]
+        loss, active = mse, z[None]
+        if recipe.multi_topk:
+            z_wide = world.keep(values, wide).relu()
+            error_wide, wide_mse = self._error(z_wide, indices, centred, weight)
+            loss = mse + wide_mse * per_token / 8
+            g = torch.stack([g[0], _times(error_wide, weight, -per_token / 4)])
+            active = torch.stack([z, z_wide])
+        self.d_latent = ops.gradients(indices, active, g, centred, sae.W_dec, sae.W_dec.grad, sae.W_enc.grad)
+        aux = x.new_zeros(())
+        number = world.over_latents(dead.sum())  # of all shards: each takes part where any has a dead latent
+        if recipe.k_aux and number:
+            aux = self._auxiliary(pre, centred, error, dead.nonzero()[:, 0], int(number), weight)
+            loss = loss + recipe.aux_coefficient * aux
+        self._biases(g.sum((0, 1)))
+        fired = torch.zeros(sae.n_latents, dtype=torch.int32, device=x.device)
+        fired[indices[z > 0]] = 1
+        l0 = world.over_tokens(world.over_latents((z > 0).sum() / len(x))) / world.parts
+        return Terms(loss, mse, aux, l0, world.over_tokens(fired, dist.ReduceOp.MAX).bool())
+
+    def _error(self, z: Tensor, indices: Tensor, centred: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x - x_hat, and its squares summed over all tokens."""
+        x_hat = self.world.over_latents(ops.decode(z, indices, self.sae.W_dec))
+        error = torch.sub(centred, x_hat, out=x_hat)
+        squares = torch.linalg.vecdot(error, error)
+        return error, self.world.over_tokens((squares if weight is None else squares * weight[:, 0]).sum())
+
+    def _pre_activations(self, centred: Float[Tensor, "batch d_model"]) -> Float[Tensor, "batch n_latents"]:
+        sae = self.sae
+        if self.pre.shape != (len(centred), sae.n_latents):  # a fresh product costs page faults at every step
+            self.pre = centred.new_empty(len(centred), sae.n_latents)
+        torch.mm(centred, sae.W_enc.T, out=self.pre)
+        return self.pre if sae.latent_bias is None else self.pre.add_(sae.latent_bias)
+
+    def _auxiliary(
+        self,
+        pre: Float[Tensor, "batch n_latents"],
+        centred: Float[Tensor, "batch d_model"],
+        error: Float[Tensor, "batch d_model"],
+        dead: Int[Tensor, "dead"],
+        number: int,
+        weight: Tensor | None,
+    ) -> Tensor:
+        """AuxK: adds its gradients. Dead latents are few and many of them act, so its products are dense."""
+        sae, world = self.sae, self.world
+        k = min(self.recipe.k_aux, number)
+        z = ops.largest(pre, dead, k)
+        if world.shards > 1:  # every shard offers k of its own; zeros do no harm
+            values, indices = z.topk(min(k, len(dead)))
+            kept = world.keep(torch.nn.functional.pad(values, (0, k - values.shape[1])), k)
+            z = torch.zeros_like(z).scatter_(1, indices, kept[:, : values.shape[1]])
+        W_dec = sae.W_dec[dead]
+        per_spread = _per_spread(error if weight is None else error * weight.sqrt(), world)
+        difference = world.over_latents(z @ W_dec).sub_(error)
+        squares = torch.linalg.vecdot(difference, difference)
+        aux = world.over_tokens((squares if weight is None else squares * weight[:, 0]).sum()) * per_spread
+        g = _times(difference, weight, 2 * self.recipe.aux_coefficient * per_spread)
+        d_z = (g @ W_dec.T).mul_(z > 0)
+        sae.W_dec.grad.index_add_(0, dead, z.T @ g)
+        sae.W_enc.grad.index_add_(0, dead, d_z.T @ centred)
+        self.d_latent.index_add_(0, dead, d_z.sum(0))
+        return aux
+
+    def _biases(self, g: Float[Tensor, "d_model"]) -> None:
+        """Gradients of the biases; then those of all parameters summed over the processes."""
+        sae, world = self.sae, self.world
+        sae.pre_bias.grad = g - world.over_latents(sae.W_enc.T @ self.d_latent)
+        if sae.latent_bias is not None:
+            sae.latent_bias.grad = self.d_latent
+        for parameter in sae.parameters():
+            world.over_tokens(parameter.grad)

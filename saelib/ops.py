@@ -1,0 +1,173 @@
+"""The sparse operations of a TopK autoencoder, fast and exact.
+
+Only the pre-activations are a dense product. Everything else touches k rows per token: the decoder's sum, the gradient
+of the latents, the gradients of both matrices. Each operation has its slow, obvious form in `tests/test_ops.py`. All are
+plain PyTorch, and `native.py` has compiled forms of three; kernels for other devices belong beside it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.functional import embedding_bag
+
+from saelib import native
+
+CHUNK = 32
+"""Neighbouring values whose maximum stands for them in the first stage of `topk`."""
+TILE = 2**20
+"""Floats of a gradient that are computed at once: they stay in cache, and their memory is used again."""
+
+
+def topk(x: Float[Tensor, "*batch n"], k: int) -> tuple[Float[Tensor, "*batch k"], Int[Tensor, "*batch k"]]:
+    """The k largest values of each row, largest first, and where they are: what `torch.topk` finds, sooner.
+
+    Exact, in stages: of the chunks of a row, only the k with the largest maxima can hold one of the k largest values.
+    (If another chunk held one, each of those k chunks would hold a value at least as large.) Among equal values any may
+    be chosen, as with `torch.topk`.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    values, indices = rows.topk(k) if x.is_cuda else native.topk(rows, k) or _staged(rows, k)
+    return values.view(*x.shape[:-1], k), indices.view(*x.shape[:-1], k)
+
+
+def _staged(x: Float[Tensor, "rows n"], k: int, sort: bool = True) -> tuple[Tensor, Tensor]:
+    rows, n = x.shape
+    if n % CHUNK == 0 and n >= 4 * CHUNK * k:  # contiguous chunks: slower maxima, but whole chunks are fetched
+        chunks = n // CHUNK
+        best = _staged(x.view(rows, chunks, CHUNK).amax(-1), k, False)[1]
+        start = torch.arange(0, rows * chunks, chunks, device=x.device)[:, None]
+        candidates = x.view(-1, CHUNK).index_select(0, (start + best).view(-1)).view(rows, k * CHUNK)
+        values, place = _staged(candidates, k, sort)
+        return values, best.gather(1, place // CHUNK) * CHUNK + place % CHUNK
+    if n % 4 == 0 and n >= 16 * k:  # strided chunks {i, i + n/4, ...}: fast maxima, values fetched one by one
+        best = x.view(rows, 4, n // 4).amax(1).topk(k, sorted=False).indices
+        places = torch.cat([best + i * (n // 4) for i in range(4)], dim=1)
+        values, place = x.gather(1, places).topk(k, sorted=sort)
+        return values, places.gather(1, place)
+    return x.topk(k, sorted=sort)
+
+
+def largest(x: Float[Tensor, "rows n"], columns: Int[Tensor, "m"], k: int) -> Float[Tensor, "rows m"]:
+    """Some columns of x, with all but the k largest positive values of each row set to 0."""
+    z = native.largest(x, columns, k)
+    if z is not None:
+        return z
+    z = x.index_select(1, columns).relu_()
+    values, indices = z.topk(min(k, len(columns)))
+    return torch.zeros_like(z).scatter_(1, indices, values)
+
+
+def decode(
+    values: Float[Tensor, "*batch k"], indices: Int[Tensor, "*batch k"], W_dec: Float[Tensor, "n d_model"]
+) -> Float[Tensor, "*batch d_model"]:
+    """Sum of rows of `W_dec`, weighted: what `dense_latents @ W_dec` gives."""
+    k = values.shape[-1]
+    weights = values.to(W_dec.dtype).reshape(-1, k)
+    return embedding_bag(indices.reshape(-1, k), W_dec, mode="sum", per_sample_weights=weights).view(
+        *values.shape[:-1], W_dec.shape[1]
+    )
+
+
+def gradients(
+    indices: Int[Tensor, "batch k"],
+    z: Float[Tensor, "sets batch k"],
+    g: Float[Tensor, "sets batch d_model"],
+    x: Float[Tensor, "batch d_model"],
+    W_dec: Float[Tensor, "n d_model"],
+    to_dec: Float[Tensor, "n d_model"],
+    to_enc: Float[Tensor, "n d_model"],
+) -> Float[Tensor, "n"]:
+    """Gradients of both matrices, into `to_dec` and `to_enc`, and of the pre-activations summed over the batch.
+
+    For each set, `decode(z, indices, W_dec)` has the gradient g, and z is the ReLU of W_enc x where it is not 0. The
+    (token, latent) pairs are sorted by latent, so that each row is one sum.
+    """
+    k, n = indices.shape[1], len(W_dec)
+    latents, order = indices.reshape(-1).to(torch.int32).sort(stable=True)
+    starts = torch.searchsorted(latents, torch.arange(n + 1, dtype=torch.int32, device=x.device))
+    d_latent = x.new_zeros(n)
+    if native.gradients(starts, order, z, g, x, W_dec, to_dec, to_enc, d_latent):
+        return d_latent
+    d_pre = sum(_latent_gradient(grad, indices, W_dec) * (active > 0) for active, grad in zip(z, g, strict=True))
+    d_latent.index_add_(0, indices.reshape(-1), d_pre.reshape(-1))
+    for tile in torch.arange(n).split(max(1, TILE // W_dec.shape[1])):
+        first, last = int(tile[0]), int(tile[-1]) + 1
+        pairs = order[starts[first] : starts[last]]
+        bags = starts[first:last] - starts[first]
+        rows = [
+            _weighted_sums(grad, pairs // k, bags, active.reshape(-1)[pairs]) for active, grad in zip(z, g, strict=True)
+        ]
+        to_dec[first:last] = sum(rows)
+        to_enc[first:last] = _weighted_sums(x, pairs // k, bags, d_pre.reshape(-1)[pairs])
+    return d_latent
+
+
+def _weighted_sums(source: Tensor, rows: Tensor, bags: Tensor, weights: Tensor) -> Tensor:
+    return embedding_bag(rows, source, bags, mode="sum", per_sample_weights=weights)
+
+
+def _latent_gradient(g: Tensor, indices: Int[Tensor, "batch k"], W_dec: Tensor) -> Float[Tensor, "batch k"]:
+    """Gradient of `decode` with respect to its values: g times the rows it summed."""
+    batch, k = indices.shape
+    bag = torch.arange(batch, device=g.device).repeat_interleave(k)
+    start = torch.arange(0, batch * k, k, device=g.device)
+    flat = indices.reshape(-1)
+    return torch.ops.aten._embedding_bag_per_sample_weights_backward(g, W_dec, flat, start, bag, 0).view(batch, k)
+
+
+def across(gradient: Float[Tensor, "n d_model"], weight: Float[Tensor, "n d_model"]) -> Float[Tensor, "n"]:
+    """Squared norm of each row of the gradient without its part along the weight's row."""
+    squares = native.across(gradient, weight.data)
+    if squares is not None:
+        return squares
+    along = torch.linalg.vecdot(gradient, weight).square() / torch.linalg.vecdot(weight, weight)
+    return torch.linalg.vecdot(gradient, gradient) - along
+
+
+class Adam(NamedTuple):
+    """What `update` needs to know of a step; `step` counts from 1, `scale` is what clipping multiplies gradients by."""
+
+    rate: float
+    beta1: float
+    beta2: float
+    eps: float
+    ema: float
+    step: int
+    scale: float = 1.0
+
+
+def update(
+    weight: Tensor,
+    first: Tensor,
+    second: Tensor,
+    average: Tensor,
+    adam: Adam,
+    project: bool = False,
+    unit: bool = False,
+) -> None:
+    """One optimizer step of a parameter from its `.grad`, in place, each row being read from memory once.
+
+    The row's gradient loses its part along the row (`project`) and is scaled; Adam moves the row; it is divided by its
+    norm (`unit`); and the average of the weights takes it in: average += (1 - ema) (row - average).
+    """
+    columns = weight.shape[-1]
+    tensors = [x.view(-1, columns) for x in (weight.data, weight.grad, first, second, average)]
+    rate = adam.rate / (1 - adam.beta1**adam.step)
+    root = (1 - adam.beta2**adam.step) ** -0.5
+    numbers = [rate, adam.beta1, adam.beta2, adam.eps, root, adam.scale, adam.ema]
+    if native.update(tensors, numbers, project, unit):
+        return
+    for w, g, m, v, a in zip(*(x.split(max(1, TILE // columns)) for x in tensors), strict=True):
+        if project:
+            g = g - (torch.linalg.vecdot(g, w) / torch.linalg.vecdot(w, w))[:, None] * w
+        g = g * adam.scale
+        m.lerp_(g, 1 - adam.beta1)
+        v.mul_(adam.beta2).addcmul_(g, g, value=1 - adam.beta2)
+        w.addcdiv_(m, (v.sqrt() * root).add_(adam.eps), value=-rate)
+        if unit:
+            w.div_(torch.linalg.vector_norm(w, dim=1, keepdim=True))
+        a.lerp_(w, 1 - adam.ema)

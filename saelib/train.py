@@ -1,0 +1,376 @@
+"""Train sparse autoencoders: the paper's recipe (`saelib.profile.Recipe`) as one loop.
+
+Batch number i and every random choice follow from the seed, and the state that is saved holds everything else. So a run
+that was killed at any moment, and started again, ends on a CPU with the same bits as one that was not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm import tqdm
+
+from saelib import UserError, ops
+from saelib.objective import Sparse, Terms, World, dense
+from saelib.profile import Recipe
+from saelib.sae import SAE, TINY
+
+SAMPLE = 32_768
+"""Activations from which the pre-bias and the constant of the loss are computed."""
+LOG_EVERY = 50
+"""Steps that one line of the log sums up."""
+SAVE_EVERY = 10 * LOG_EVERY
+"""Steps between saved states."""
+
+
+class Source(Protocol):
+    """Where activations come from (`saelib.activations`)."""
+
+    d_model: int
+    identity: str
+    """Changes when the activations would."""
+
+    def batches(self, batch: int, seed: int, start: int = 0) -> Iterator[Float[Tensor, "batch d_model"]]:
+        """Endless; number i is a function of (seed, i) alone, and `start` comes first."""
+
+    def sample(self, n: int, seed: int) -> Float[Tensor, "n d_model"]: ...
+
+
+def geometric_median(
+    x: Float[Tensor, "n d_model"], tolerance: float = 1e-7, most: int = 1000
+) -> Float[Tensor, "d_model"]:
+    """The point with the least sum of distances, by Weiszfeld's iteration, to `tolerance` of the data's spread."""
+    x = x.double()
+    point = x.mean(0)
+    spread = (x - point).norm(dim=1).mean()
+    for _ in range(most):
+        weights = 1 / (x - point).norm(dim=1).clamp_min(1e-12 * spread)
+        moved = (weights[:, None] * x).sum(0) / weights.sum()
+        if (moved - point).norm() <= tolerance * spread:
+            return moved
+        point = moved
+    return point
+
+
+def start(recipe: Recipe, d_model: int, seed: int, sample: Float[Tensor, "n d_model"]) -> tuple[SAE, float]:
+    """A fresh SAE with its pre-bias, and the constant that the squared error is divided by."""
+    sae = SAE(
+        recipe.n_latents, d_model, recipe.k,
+        architecture=recipe.architecture, latent_bias=recipe.latent_bias, normalize=recipe.normalize, seed=seed,
+    )  # fmt: skip
+    normalized, _, _ = sae.normalized(sample)
+    match recipe.pre_bias:
+        case "median":
+            sae.pre_bias.data.copy_(geometric_median(normalized))
+        case "mean":
+            sae.pre_bias.data.copy_(normalized.mean(0))
+        case "raw_median":
+            sae.pre_bias.data.copy_(geometric_median(sample))
+    if not recipe.tied_init:
+        sae.W_enc.data.copy_(SAE(recipe.n_latents, d_model, seed=seed + 2**31).W_dec)
+    judged = sample.double() if recipe.loss_space == "raw" else normalized.double()
+    constant = (judged - judged.mean(0)).square().sum(1).mean().item() if recipe.mse_constant else float(d_model)
+    return sae, constant
+
+
+class Trainer:
+    """One training run: the SAE, its optimizer, its average, and its count of what is dead.
+
+    Args:
+        recipe, d_model, seed: what is trained.
+        sample: raw activations; they set the pre-bias and the loss's constant.
+        world: the other processes of a distributed run; this one then holds its part of the latents only.
+    """
+
+    def __init__(
+        self, recipe: Recipe, d_model: int, seed: int, sample: Float[Tensor, "n d_model"], world: World | None = None
+    ):
+        self.recipe, self.world, self.n_steps = recipe, world or World(), 0
+        whole, self.constant = start(recipe, d_model, seed, sample)
+        self.sae = part_of(whole, self.world).to(sample.device).train()
+        self.sparse = Sparse(self.sae, recipe, self.constant, self.world) if self.sae.sparse else None
+        self.trained = [p for name, p in self.sae.named_parameters() if not (recipe.tied and name == "W_enc")]
+        self.moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in self.trained]
+        self.average = [torch.zeros_like(p) for p in self.trained]
+        self.since_fired = torch.zeros(self.sae.n_latents, dtype=torch.int64, device=sample.device)
+        """Tokens since each latent was last active."""
+
+    @property
+    def dead(self) -> Tensor:
+        """Bool[Tensor, "n_latents"]: latents that have not fired for the recipe's `dead_after` tokens."""
+        return self.since_fired > self.recipe.dead_after
+
+    def step(self, x: Float[Tensor, "batch d_model"]) -> Terms:
+        """One step on raw activations (of this process's tokens): the whole recipe."""
+        terms = self.gradients(x)
+        recipe, sae = self.recipe, self.sae
+        if recipe.tied:
+            sae.W_dec.grad += sae.W_enc.grad
+        self.n_steps += 1
+        rate = recipe.rate * min(1.0, self.n_steps / max(1, recipe.warmup))
+        scale = self._clip(recipe.clip) if recipe.clip is not None else 1.0
+        adam = ops.Adam(rate, recipe.beta1, recipe.beta2, recipe.eps, recipe.ema, self.n_steps, scale)
+        for p, moments, average in zip(self.trained, self.moments, self.average, strict=True):
+            decoder = p is sae.W_dec
+            ops.update(
+                p, *moments, average, adam, project=decoder and recipe.project, unit=decoder and recipe.unit_norm
+            )
+        if recipe.tied:
+            sae.W_enc.data.copy_(sae.W_dec)
+        self.since_fired += len(x) * self.world.parts
+        self.since_fired[terms.fired] = 0
+        return terms
+
+    def gradients(self, x: Float[Tensor, "batch d_model"]) -> Terms:
+        """The loss and the gradients of one batch."""
+        if self.sparse:
+            return self.sparse(x, self.dead)
+        self.sae.zero_grad()
+        return dense(self.sae, x, self.recipe, self.constant, self.dead)
+
+    @torch.no_grad()
+    def _clip(self, most: float) -> float:
+        """What to multiply gradients by so that their norm, over the latents of all processes, is at most `most`."""
+        sae = self.sae
+        squares = [
+            ops.across(p.grad, p).sum()
+            if p is sae.W_dec and self.recipe.project
+            else p.grad.flatten().dot(p.grad.flatten())
+            for p in self.trained
+        ]  # what the update takes out of the decoder's gradient does not count
+        squares = torch.stack(squares).sum()
+        shared = self.sae.pre_bias.grad.norm().square()  # every shard has it whole
+        norm = (self.world.over_latents(squares - shared) + shared).sqrt()
+        return min(1.0, float(most / norm.clamp_min(TINY)))
+
+    @torch.no_grad()
+    def averaged(self) -> SAE:
+        """The whole SAE with the bias-corrected average of its weights, decoder rows of norm 1: the one to keep.
+
+        On every process of a distributed run, gathered from all shards.
+        """
+        names = [name for name, p in self.sae.named_parameters() if any(p is trained for trained in self.trained)]
+        averages = dict(zip(names, self.average, strict=True))
+        averages.setdefault("W_enc", averages["W_dec"])  # tied
+        sae = whole_of(self.sae, averages, 1 - self.recipe.ema**self.n_steps, self.world)
+        if self.recipe.unit_norm:
+            sae.W_dec /= torch.linalg.vector_norm(sae.W_dec, dim=1, keepdim=True)
+        return sae.eval()
+
+    def state(self) -> dict:
+        """Everything that the rest of the run depends on."""
+        return {
+            "steps": self.n_steps, "constant": self.constant, "sae": self.sae.state_dict(),
+            "moments": self.moments, "average": self.average, "since_fired": self.since_fired,
+        }  # fmt: skip
+
+    def restore(self, state: dict) -> None:
+        self.n_steps, self.constant = state["steps"], state["constant"]
+        self.sae.load_state_dict(state["sae"])
+        self.moments, self.average, self.since_fired = state["moments"], state["average"], state["since_fired"]
+
+
+# --- several processes ------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def part_of(whole: SAE, world: World) -> SAE:
+    """The SAE with only this process's latents.
+
+    Raises:
+        UserError: latents that cannot be shared out evenly, or an architecture that trains in one process only.
+    """
+    if world.shards * world.parts == 1:
+        return whole
+    if not whole.sparse:
+        raise UserError(f"{whole.architecture} trains in one process only: start it without torchrun")
+    n, rest = divmod(whole.n_latents, world.shards)
+    if rest:
+        raise UserError(f"{whole.n_latents} latents cannot be shared out over {world.shards} shards: choose a divisor")
+    part = SAE(n, whole.d_model, whole.k, latent_bias=whole.latent_bias is not None, normalize=whole.normalize)
+    for name, parameter in part.named_parameters():
+        value = getattr(whole, name)
+        parameter.copy_(value if name == "pre_bias" else value[world.shard * n :][:n])
+    return part
+
+
+@torch.no_grad()
+def whole_of(part: SAE, values: dict[str, Tensor], divisor: float, world: World) -> SAE:
+    """The SAE of all shards, with `values` / `divisor` as its parameters."""
+    whole = SAE(
+        part.n_latents * world.shards, part.d_model, part.k,
+        architecture=part.architecture, latent_bias=part.latent_bias is not None, normalize=part.normalize,
+    ).to(part.W_dec.device)  # fmt: skip
+    for name, value in values.items():
+        parts = [value] if name == "pre_bias" else world.gather(value)
+        getattr(whole, name).copy_(torch.cat(parts) / divisor)
+    for name, value in part.named_buffers():
+        getattr(whole, name).copy_(value)
+    return whole
+
+
+# --- the loop ---------------------------------------------------------------------------------------------------------
+
+
+def fit(
+    source: Source,
+    recipe: Recipe,
+    seed: int = 0,
+    *,
+    out: Path | None = None,
+    resume: bool = False,
+    tensorboard: bool = False,
+    shards: int = 1,
+) -> tuple[SAE, list[dict]]:
+    """Train one SAE. Returns it (the averaged weights) with its log, one line for every `LOG_EVERY` steps.
+
+    Args:
+        seed: of the weights, of the sample, and of the order of the data.
+        out: folder for `log.jsonl` and the states that a run resumes from; None keeps everything in memory.
+        resume: go on with the run in `out`, where there is one.
+        tensorboard: write the log there too, to `out/tensorboard`.
+        shards: processes that share the latents, of those that torchrun started; the others share out the tokens.
+
+    Raises:
+        UserError: `out` holds another run, or one that is not to be resumed; a loss that is not finite.
+    """
+    world = World(shards)
+    if recipe.batch % world.parts:
+        raise UserError(f"a batch of {recipe.batch} tokens cannot be shared out over {world.parts} processes")
+    trainer = Trainer(recipe, source.d_model, seed, source.sample(SAMPLE, seed), world)
+    identity = hashlib.sha256(f"{recipe.model_dump_json()} {seed} {source.identity}".encode()).hexdigest()[:16]
+    record = Record(out, identity, trainer, tensorboard)
+    if resume:
+        record.resume()
+    elif record.unfinished():
+        raise UserError(f"{out} holds a run already: go on with --resume, choose another --out, or remove it")
+    share = recipe.batch // world.parts
+    batches = source.batches(recipe.batch, seed, trainer.n_steps)
+    shown = {"disable": True} if world.rank else {}  # left alone, $TQDM_DISABLE decides
+    with tqdm(total=recipe.steps, initial=trainer.n_steps, unit="step", mininterval=1, **shown) as bar:
+        while trainer.n_steps < recipe.steps:
+            terms = trainer.step(next(batches)[world.part * share :][:share])
+            record.add(terms, bar)
+    batches.close()
+    return trainer.averaged(), record.lines
+
+
+class Record:
+    """The log of a run, and the states it can be resumed from."""
+
+    def __init__(self, out: Path | None, identity: str, trainer: Trainer, tensorboard: bool):
+        self.out, self.identity, self.trainer = out, identity, trainer
+        self.lines: list[dict] = []
+        self.seconds, self.since = 0.0, time.perf_counter()
+        self.sums = {"loss": 0.0, "mse": 0.0, "aux": 0.0, "l0": 0.0}
+        self.first = trainer.world.rank == 0
+        self.board = _board(out) if tensorboard and self.first else None
+        if out is not None:
+            out.mkdir(parents=True, exist_ok=True)
+
+    def add(self, terms: Terms, bar: tqdm) -> None:
+        """Take in one step; write what is due."""
+        trainer, recipe = self.trainer, self.trainer.recipe
+        for name in self.sums:
+            self.sums[name] += float(getattr(terms, name))
+        if not math.isfinite(self.sums["loss"]):
+            raise UserError(
+                f"the loss is not finite at step {trainer.n_steps} (batch number {trainer.n_steps - 1}); {self._last()}: "
+                f"lower recipe.lr (now {recipe.rate:.2g}), or set recipe.clip=1"
+            )
+        bar.update()
+        if trainer.n_steps % LOG_EVERY == 0 or trainer.n_steps == recipe.steps:
+            self._line(bar)
+            if trainer.n_steps % SAVE_EVERY == 0 or trainer.n_steps == recipe.steps:
+                self._save()
+
+    def _line(self, bar: tqdm) -> None:
+        trainer = self.trainer
+        steps = trainer.n_steps - (self.lines[-1]["step"] if self.lines else 0)
+        now = time.perf_counter()
+        took, self.since = now - self.since, now
+        self.seconds += took
+        dead = trainer.world.over_latents(trainer.dead.sum()).item() / trainer.recipe.n_latents
+        norm = torch.linalg.vector_norm(trainer.sae.W_dec.detach(), dim=1).mean().item()
+        means = {name: float(f"{total / steps:.6g}") for name, total in self.sums.items()}
+        line = {"step": trainer.n_steps, "tokens": trainer.n_steps * trainer.recipe.batch, **means}
+        line |= {"dead": dead, "decoder_norm": float(f"{norm:.6g}"), "seconds": round(self.seconds, 2)}
+        self.lines.append(line)
+        self.sums = dict.fromkeys(self.sums, 0.0)
+        speed = steps * trainer.recipe.batch / took
+        bar.set_postfix_str(f"MSE {line['mse']:.4f}, L0 {line['l0']:.1f}, dead {dead:.1%}, {speed:,.0f} tokens/s")
+        if self.board:
+            for name, value in {**means, "dead": dead, "tokens_per_second": speed}.items():
+                self.board.add_scalar(name, value, line["tokens"])
+        if self.out and self.first:
+            with (self.out / "log.jsonl").open("a") as log:
+                log.write(json.dumps(line) + "\n")
+
+    def _save(self) -> None:
+        """One state per process. Older ones go when all have written theirs: a kill leaves one that is whole."""
+        if self.out is None:
+            return
+        world, step = self.trainer.world, self.trainer.n_steps
+        path = self._path(step, world.rank)
+        state = {"identity": self.identity, "lines": self.lines, "seconds": self.seconds, **self.trainer.state()}
+        partial = path.with_suffix(f".{os.getpid()}.partial")
+        torch.save(state, partial)
+        partial.replace(path)
+        world.barrier()
+        for old in self.out.glob(f"state-*-{world.rank}.pt"):
+            if old != path:
+                old.unlink()
+
+    def _path(self, step: int, rank: int) -> Path:
+        return self.out / f"state-{step:08d}-{rank}.pt"
+
+    def unfinished(self) -> list[int]:
+        """Steps of which every process has saved its state."""
+        if self.out is None:
+            return []
+        size = self.trainer.world.size
+        steps = [{int(path.name[6:14]) for path in self.out.glob(f"state-*-{rank}.pt")} for rank in range(size)]
+        return sorted(set.intersection(*steps))
+
+    def resume(self) -> None:
+        """Load the newest state, and forget what was logged after it."""
+        steps = self.unfinished()
+        if not steps:
+            return
+        path = self._path(steps[-1], self.trainer.world.rank)
+        try:
+            state = torch.load(path, weights_only=True, map_location=self.trainer.since_fired.device)
+        except Exception as error:  # whatever a damaged file provokes
+            raise UserError(f"{path} is damaged: remove it, and start again") from error
+        if state["identity"] != self.identity:
+            raise UserError(
+                f"{self.out} was made with another recipe, seed or data: choose another --out, or remove it"
+            )
+        self.lines, self.seconds = state["lines"], state["seconds"]
+        self.trainer.restore(state)
+        if self.first:
+            partial = self.out / "log.partial"
+            partial.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
+            partial.replace(self.out / "log.jsonl")
+
+    def _last(self) -> str:
+        steps = self.unfinished()
+        return f"the last good state is {self._path(steps[-1], 0)}" if steps else "no state was saved before it"
+
+
+def _board(out: Path | None):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UserError("--tensorboard needs the package tensorboard: pip install tensorboard") from error
+    return SummaryWriter(out / "tensorboard")
