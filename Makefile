@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: book html test lint publish setup clean
+.PHONY: book html test lint bench interop peers publish setup clean
 
 book: setup  ## run every chapter that is not done, then build the book
 	$(BIN)/saelib run all
@@ -19,6 +19,15 @@ test: lint  ## lint, re-run the notebooks against their committed outputs, unit 
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+bench: setup peers  ## training steps of ours and of the peers, side by side; a quarter of an hour, nothing else running
+	$(BIN)/python benchmarks/training.py
+
+interop: setup peers  ## the peers load what we write, and we load what they write
+	$(BIN)/pytest tests/test_interop.py
+
+peers: setup
+	$(BIN)/python benchmarks/setup_peers.py
 
 publish: setup  ## the one way to refresh results/ and the outputs in notebooks/
 	$(BIN)/saelib publish

@@ -43,7 +43,7 @@ pairs_option = click.option(
 @click.group(cls=OneLineErrors, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="saelib")
 def main() -> None:
-    """Run the chapters of the book, build it, and make the model it ships with.
+    """Run the chapters of the book, build it, and train the model and the autoencoders it ships with.
 
     \b
     The whole book, as `make book` does it:
@@ -61,9 +61,12 @@ def main() -> None:
 )
 @click.option("--list", "only_list", is_flag=True, help="Show the chapters and their state; run nothing.")
 @click.option("--force", is_flag=True, help="Run also what is done.")
+@click.option("--sweep", is_flag=True, help="Run the long sweeps of the chapters, whose stored results they show.")
+@click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Of a sweep, at a time.")
 def run(
-    chapters: tuple[str, ...], profile: str, pairs: tuple[str, ...], out: Path | None, only_list: bool, force: bool
-) -> None:
+    chapters: tuple[str, ...], profile: str, pairs: tuple[str, ...], out: Path | None, only_list: bool, force: bool,
+    sweep: bool, jobs: int,
+) -> None:  # fmt: skip
     """Run chapters headless, in order; without arguments all of them.
 
     A chapter that is done and whose notebook, parameters, profile, model and code have not changed is skipped, so a run
@@ -76,6 +79,7 @@ def run(
       saelib run 01 --profile gpt2-small    the same chapter on another model
       saelib run 01 -p seed=1 --out trial   another seed; notebook and numbers in trial/
       saelib run 01 --profile my.yml        your own model and text
+      saelib run 06 --sweep --jobs 2        what chapter 06 shows and does not run: 40 minutes on 2 cores
 
     \b
     Exit codes: 0 all done, 1 a cell failed, 2 something given is wrong.
@@ -88,7 +92,10 @@ def run(
             click.echo(f"{runner.line(item.chapter, item.state, item.seconds)}   {item.chapter.title}")
         return
     try:
-        runner.run(chapters, profile, pairs, out, force)
+        for number in chapters if sweep else ():
+            runner.sweep(number, profile, pairs, jobs, force)
+        if not sweep:
+            runner.run(chapters, profile, pairs, out, force)
     except runner.ChapterFailed as error:
         click.echo(str(error), err=True)
         sys.exit(1)
@@ -127,6 +134,100 @@ def pretrain(profile: str, pairs: tuple[str, ...], seed: int, out: Path | None, 
     click.echo(f"model, checkpoints and log: {os.path.relpath(out)}")
 
 
+@main.command(short_help="Train a sparse autoencoder of the profile.")
+@click.argument("name")
+@profile_option
+@pairs_option
+@click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="[default: _build/sae/PROFILE/NAME]")
+@click.option("--resume", is_flag=True, help="Go on with the run in DIR, if there is one.")
+@click.option("--tensorboard", is_flag=True, help="Write the log to DIR/tensorboard, too.")
+@click.option(
+    "--shards", type=click.IntRange(min=1), default=1, help="Under torchrun: processes that share the latents."
+)
+def train(
+    name: str, profile: str, pairs: tuple[str, ...], out: Path | None, resume: bool, tensorboard: bool, shards: int
+) -> None:
+    """Train NAME, one of the profile's `saes`, by its `recipe`.
+
+    DIR gets the SAE (sae.safetensors, config.json), a line of log.jsonl every 50 steps, and every 500 steps a state
+    from which --resume goes on after any kind of stop, to the same weights.
+
+    \b
+    Examples:
+      saelib train small                                     the small SAE that ships with the book
+      saelib train small -p recipe.lr=4e-4 --out trial       another learning rate
+      saelib train small --resume                            go on after a stop
+      torchrun --nproc-per-node=4 -m saelib.cli train large --shards 2
+                                                             two groups share the tokens, two processes each the latents
+    """
+    from saelib import train as trainer
+    from saelib.profile import BUILD, load_profile, override
+    from saelib.runner import parse_pairs
+
+    chosen = load_profile(profile)
+    values = parse_pairs(pairs)
+    chosen.recipe_of(name)
+    recipe = {key.removeprefix("recipe."): values.pop(key) for key in list(values) if key.startswith("recipe.")}
+    values |= {
+        f"saes.{name}.recipe.{key}": value for key, value in recipe.items()
+    }  # what NAME's own section says yields
+    chosen = override(chosen, values)
+    out = out or BUILD / "sae" / chosen.name / name
+    with trainer.processes():
+        sae = trainer.train(chosen, name, out, resume=resume, tensorboard=tensorboard, shards=shards)
+    metrics = sae.facts["metrics"]
+    if trainer.World.first():
+        click.echo(
+            f"normalised MSE {metrics['normalized_mse']:.4f} ± {metrics['se']:.4f} on validation text, "
+            f"L0 {metrics['l0']:.1f}, dead {metrics['dead_fraction']:.1%}: {os.path.relpath(out)}"
+        )
+
+
+@main.command(short_help="Write an SAE in another system's format.")
+@click.argument("source", metavar="SAE")
+@click.argument("target", type=click.Path(path_type=Path))
+@click.option(
+    "--format", "layout", required=True, metavar="FORMAT", help="openai, saelens, sparsify, dictionary_learning, ours."
+)
+@profile_option
+def export(source: str, target: Path, layout: str, profile: str) -> None:
+    """Write SAE, a name of the profile or a path in any of the formats, to TARGET.
+
+    \b
+    Examples:
+      saelib export small small-saelens --format saelens
+      saelib export small small.pt --format openai
+    """
+    from saelib import formats
+    from saelib.profile import load_profile
+    from saelib.train import load_sae
+
+    chosen = load_profile(profile)
+    formats.export(load_sae(chosen, source) if source in chosen.saes else formats.load(source), target, layout)
+    click.echo(f"{layout}: {os.path.relpath(target)}")
+
+
+@main.command(name="import", short_help="Read an SAE of any format, write it in ours.")
+@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("target", type=click.Path(path_type=Path))
+def import_(source: Path, target: Path) -> None:
+    """Read the SAE at SOURCE, whose system is recognised by its content, and write it to the folder TARGET in ours.
+
+    \b
+    Example:
+      saelib import v5_32k/8.pt sae/oai-32k
+    """
+    from saelib import formats
+
+    sae = formats.load(source)
+    formats.save(sae, target)
+    biased = "with" if sae.latent_bias is not None else "without"
+    click.echo(
+        f"{sae.architecture}, {sae.n_latents:,} latents on {sae.d_model} dimensions, k {sae.k}, {biased} latent bias, "
+        f"normalises {sae.normalize}: {os.path.relpath(target)}"
+    )
+
+
 @main.command(short_help="Build the book from executed notebooks.")
 @profile_option
 @click.option(
@@ -163,3 +264,7 @@ def publish(profile: str) -> None:
 
     for path in builder.publish(profile):
         click.echo(os.path.relpath(path))
+
+
+if __name__ == "__main__":
+    main()

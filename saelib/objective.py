@@ -56,6 +56,11 @@ class World:
         if self.parts > 1:
             self._tokens = [dist.new_group(list(group)) for group in zip(*ranks, strict=True)][self.shard]
 
+    @staticmethod
+    def first() -> bool:
+        """Whether this is the process that writes files and shows progress."""
+        return not dist.is_initialized() or dist.get_rank() == 0
+
     def over_latents(self, x: Tensor) -> Tensor:
         """Sum over the processes that hold the other latents, in place."""
         if self._latents is not None:
@@ -113,7 +118,7 @@ def dense(sae: SAE, x: Float[Tensor, "batch d_model"], recipe: Recipe, constant:
         gate = (pre + sae.latent_bias).relu()
         through = gate @ sae.W_dec.detach() + sae.pre_bias.detach()
         loss = loss + (unit * (x - through)).square().sum() / (len(x) * constant) + recipe.l1 * gate.sum() / len(x)
-    elif recipe.l1:
+    elif sae.architecture in {"relu", "prolu"}:
         loss = loss + recipe.l1 * z.sum() / len(x)
     if recipe.k_aux and dead.any():
         target = error.detach()

@@ -1,8 +1,8 @@
 """The sparse operations of a TopK autoencoder, fast and exact.
 
-Only the pre-activations are a dense product. Everything else touches k rows per token: the decoder's sum, the gradient
-of the latents, the gradients of both matrices. Each operation has its slow, obvious form in `tests/test_ops.py`. All are
-plain PyTorch, and `native.py` has compiled forms of three; kernels for other devices belong beside it.
+Only the pre-activations are a dense product. Everything else touches k rows per token: the decoder's sum, the gradients
+of the latents and of both matrices. Each operation has its slow, obvious form in `tests/test_ops.py`. All are plain
+PyTorch; `native.py` has compiled forms of most, and kernels for other devices belong beside it.
 """
 
 from __future__ import annotations

@@ -123,10 +123,11 @@ class Recipe(Section):
     """How a sparse autoencoder is trained: one field per ingredient, by default as Gao et al. (2024) have it."""
 
     architecture: Literal["topk", "batchtopk", "relu", "prolu", "gated"] = "topk"
-    """What turns pre-activations into latents (`saelib.sae`). The paper's is `topk`; the others are what it compares with."""
+    """What turns pre-activations into latents (`saelib.sae`): the paper's is `topk`, it compares with the others."""
     n_latents: PositiveInt = 2048
+    """Directions in the dictionary."""
     k: PositiveInt = 16
-    """Latents that may be active at a token (`batchtopk`: on average over a batch; `relu`, `prolu`, `gated` ignore it)."""
+    """Active latents per token (`batchtopk`: on average over a batch; `relu`, `prolu` and `gated` ignore it)."""
     l1: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the sparsity penalty of `relu`, `prolu` and `gated`; TopK needs none (section 2.3)."""
     latent_bias: bool = False
@@ -144,7 +145,9 @@ class Recipe(Section):
     lr_anchor: PositiveFloat = 2e-4
     """Learning rate at 2^14 latents."""
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Adam's decay of the mean gradient (appendix A)."""
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    """Adam's decay of the mean squared gradient (appendix A)."""
     eps: PositiveFloat = 6.25e-10
     """Adam's (appendix A)."""
     warmup: Annotated[int, Field(ge=0)] = 0
@@ -163,12 +166,12 @@ class Recipe(Section):
     project: bool = True
     """The gradient's part along each decoder direction is taken out before the step (appendix A)."""
     pre_bias: Literal["median", "mean", "zero", "raw_median"] = "median"
-    """Start of the pre-bias: geometric median of a sample (appendix A), its mean, 0, or the median of the activations as
-    they were before normalisation (the journal's mistake of entry 0708)."""
+    """Start of the pre-bias: geometric median of a sample (appendix A), its mean, 0, or the median of the activations
+    before normalisation (the journal's mistake of entry 0708)."""
     mse_constant: bool = True
-    """The squared error is divided by that of predicting the mean, computed once at the start; otherwise by d_model."""
+    """The squared error is divided by that of predicting the mean, computed once; otherwise by d_model."""
     loss_space: Literal["normalized", "raw"] = "normalized"
-    """Where the error is measured: after normalisation (section 2.1), or in the activation's own units (the journal)."""
+    """Where the error is measured: after normalisation (section 2.1), or in raw units (the journal)."""
     multi_topk: bool = False
     """Adds 1/8 of the loss at 4k, so that the code also works at other k than k (section 5.3, a variant)."""
     k_aux: Annotated[int, Field(ge=0)] = 64
@@ -204,6 +207,10 @@ class Activations(Section):
     with it a prepended BOS), (-1, null) keeps only the last. The paper trains on all."""
     block: PositiveInt = 4096
     """Contexts that are harvested and shuffled together; two such blocks are in memory at a time."""
+    cache: bool = False
+    """Keep activations on disk, in float16, instead of running the model in every epoch."""
+    limit: PositiveInt | None = None
+    """Tokens to keep in the cache, in whole blocks, and to read again and again; absent: all of the text."""
 
 
 class Sae(Section):
@@ -212,9 +219,11 @@ class Sae(Section):
     path: Path | None = None
     """Where it is kept, relative to the checkout; absent: below `_build/sae`."""
     seed: int = 0
+    """Of the weights and of the order of the data."""
     checkpoint: int | None = None
     """Training step of the model it reads; absent: the final model."""
     recipe: dict[str, object] = {}
+    """Values that replace the profile's."""
 
 
 class Profile(Section):
@@ -233,7 +242,9 @@ class Profile(Section):
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     pretrain: Pretrain | None = None
     activations: Activations = Activations()
+    """What the SAEs are trained on."""
     recipe: Recipe = Recipe()
+    """What they share; each may say otherwise."""
     saes: dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")], Sae] = {}
     """The SAEs of this profile by name."""
 

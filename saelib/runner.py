@@ -14,11 +14,13 @@ import json
 import os
 import time
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import nbformat
 import papermill
+import yaml
 from ipykernel.kernelspec import get_kernel_dict
 from jupyter_client import AsyncKernelManager
 from jupyter_client.kernelspec import KernelSpec
@@ -28,7 +30,7 @@ from papermill.execute import remove_error_markers
 
 from saelib import UserError
 from saelib.profile import BUILD, ROOT, Profile, load_profile
-from saelib.report import content_hash, versions
+from saelib.report import content_hash, cores, versions
 
 NOTEBOOKS = ROOT / "notebooks"
 FRAME = {"cli.py", "runner.py", "book.py", "pretrain.py"}
@@ -137,6 +139,7 @@ def surroundings(profile: Profile) -> list:
     named = ["book/reported.yml", model.name, model.second_seed, model.checkpoints, getattr(text, "path", None)]
     files += [ROOT / name for name in named if name]
     files += [path for path in (ROOT / "results").glob("*/*.json") if path.parent.name != profile.name]
+    files += (ROOT / "results" / profile.name).glob("*/*.json")  # sweeps
     return [profile.model_dump_json(), versions(), [(path.name, content_hash(path)) for path in sorted(files)]]
 
 
@@ -246,9 +249,10 @@ def _run_one(item: Plan, kept: Path, results: Path) -> None:
         raise _explained(chapter, failure, kept) from failure
 
 
-def _execute(item: Plan, output: Path, results: Path) -> None:
+def _execute(item: Plan, output: Path, results: Path, **environment: str) -> None:
     """Execute into `output`, which papermill also writes when a cell fails."""
-    environment = {"SAELIB_RESULTS": str(results), "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    backend = "module://matplotlib_inline.backend_inline"
+    environment = {"SAELIB_RESULTS": str(results), "MPLBACKEND": backend, **environment}
 
     class OwnKernel(AsyncKernelManager):
         """A quiet kernel of the Python that runs this, whatever kernels the user or the machine has installed."""
@@ -260,6 +264,46 @@ def _execute(item: Plan, output: Path, results: Path) -> None:
         kernel_name="python3", language="python", kernel_manager_class=OwnKernel,
         progress_bar={"desc": item.chapter.name, "leave": False, "disable": None},  # None: on a terminal only
     )  # fmt: skip
+
+
+def sweep(
+    number: str, profile_name: str = "docstring-gpt", pairs: Iterable[str] = (), jobs: int = 1, force: bool = False
+) -> None:
+    """Run the sweep of a chapter: its variant notebook, once for every variant of its grid that has no results yet.
+
+    Results go to `results/<profile>/NN_sweep/<variant>.json`, one file a variant, so a sweep that was stopped goes on
+    where it was. A variant whose line, or base, has changed in the grid is run again.
+
+    Raises:
+        UserError: the chapter has no sweep; or a cell raised one.
+        ChapterFailed: a cell raised any other error.
+    """
+    grids = sorted((NOTEBOOKS / "sweeps").glob(f"{Path(number).stem[:2].zfill(2)}_*.yml"))
+    if not grids:
+        known = ", ".join(sorted(path.stem for path in (NOTEBOOKS / "sweeps").glob("*.yml")))
+        raise UserError(f"chapter {number} has no sweep; these have: {known}")
+    grid, profile = yaml.safe_load(grids[0].read_text(encoding="utf-8")), load_profile(profile_name)
+    chapter = _read(grids[0].with_name(f"{grids[0].stem[:2]}_variant.ipynb"))
+    folder = ROOT / "results" / profile.name / f"{grids[0].stem[:2]}_sweep"
+    shown = BUILD / "runs" / profile.name / folder.name
+    shown.mkdir(parents=True, exist_ok=True)
+    threads = {"OMP_NUM_THREADS": str(max(1, cores() // jobs)), "TQDM_DISABLE": "1"} if jobs > 1 else {}
+
+    def one(variant: str) -> None:
+        parameters = {"profile": profile_name, "variant": variant, **parse_pairs(pairs)}
+        wanted, path = grid["base"] | grid["variants"][variant], folder / f"{variant}.json"
+        done = json.loads(path.read_text(encoding="utf-8"))["provenance"]["parameters"] if path.is_file() else {}
+        if not force and {"seeds": done.get("seeds"), **done.get("values", {})} == wanted:
+            return
+        started, executed = time.perf_counter(), shown / f"{variant}.ipynb"
+        try:
+            _execute(Plan(chapter, parameters, "", ""), executed, folder, **threads)
+        except (PapermillExecutionError, DeadKernelError) as error:
+            raise _explained(chapter, error, executed) from error
+        print(f"{variant:<18} done {time.perf_counter() - started:9.1f} s", flush=True)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(one, grid["variants"]))
 
 
 def line(chapter: Chapter, state: str, seconds: float | None) -> str:

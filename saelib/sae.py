@@ -144,8 +144,8 @@ class SAE(nn.Module):
         pre = self.pre_activations(x)
         if not self.sparse:
             return Codes(self.activate(pre), None, mean, scale)
-        values, indices = ops.topk(pre, self.k)
-        codes = Codes(values.relu(), indices, mean, scale)
+        _, indices = ops.topk(pre.detach(), self.k)  # compiled: autograd does not see through it
+        codes = Codes(pre.gather(-1, indices).relu(), indices, mean, scale)
         return codes._replace(values=codes.dense(self.n_latents), indices=None) if dense else codes
 
     def decode(self, codes: Codes) -> Float[Tensor, "*batch d_model"]:

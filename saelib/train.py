@@ -6,6 +6,7 @@ that was killed at any moment, and started again, ends on a CPU with the same bi
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -16,15 +17,24 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
 from saelib import UserError, ops
+from saelib.activations import Cached, Streamed
+from saelib.formats import load, save
+from saelib.metrics import activations, evaluate
+from saelib.models import checkpoints, fingerprint, load_model, load_tokenizer
 from saelib.objective import Sparse, Terms, World, dense
-from saelib.profile import Recipe
+from saelib.profile import BUILD, ROOT, Profile, Recipe
+from saelib.report import text_fingerprint
 from saelib.sae import SAE, TINY
+from saelib.text import contexts
 
+VALIDATION = 2048
+"""Contexts that a finished SAE is judged by."""
 SAMPLE = 32_768
 """Activations from which the pre-bias and the constant of the loss are computed."""
 LOG_EVERY = 50
@@ -49,13 +59,20 @@ class Source(Protocol):
 def geometric_median(
     x: Float[Tensor, "n d_model"], tolerance: float = 1e-7, most: int = 1000
 ) -> Float[Tensor, "d_model"]:
-    """The point with the least sum of distances, by Weiszfeld's iteration, to `tolerance` of the data's spread."""
+    """The point with the least sum of distances, to `tolerance` of the data's spread.
+
+    Weiszfeld's iteration; data points where it stands hold it back as Vardi and Zhang (2000) have it.
+    """
     x = x.double()
     point = x.mean(0)
     spread = (x - point).norm(dim=1).mean()
     for _ in range(most):
-        weights = 1 / (x - point).norm(dim=1).clamp_min(1e-12 * spread)
-        moved = (weights[:, None] * x).sum(0) / weights.sum()
+        distance = (x - point).norm(dim=1)
+        here = distance <= tolerance * spread
+        weights = torch.where(here, 0, 1 / distance)
+        others = (weights[:, None] * x).sum(0) / weights.sum().clamp_min(TINY)
+        pull = weights.sum() * (others - point).norm()
+        moved = torch.lerp(others, point, (here.sum() / pull.clamp_min(TINY)).clamp_max(1))
         if (moved - point).norm() <= tolerance * spread:
             return moved
         point = moved
@@ -183,6 +200,21 @@ class Trainer:
 # --- several processes ------------------------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def processes() -> Iterator[None]:
+    """Join the other processes that torchrun started; alone, do nothing."""
+    if "RANK" not in os.environ:
+        yield
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
 @torch.no_grad()
 def part_of(whole: SAE, world: World) -> SAE:
     """The SAE with only this process's latents.
@@ -219,6 +251,61 @@ def whole_of(part: SAE, values: dict[str, Tensor], divisor: float, world: World)
     return whole
 
 
+# --- by name ----------------------------------------------------------------------------------------------------------
+
+
+def where(profile: Profile, name: str) -> Path:
+    """Where an SAE of the profile is: the folder it names, or else where `train` puts it."""
+    profile.recipe_of(name)
+    return ROOT / (profile.saes[name].path or BUILD / "sae" / profile.name / name)
+
+
+def load_sae(profile: Profile, name: str, model=None) -> SAE:
+    """An SAE of the profile, as it was shipped or trained; with `model`, checked against it.
+
+    Raises:
+        UserError: there is no such SAE, or it is not trained yet.
+    """
+    path = where(profile, name)
+    if not path.exists():
+        raise UserError(f"SAE {name!r} of {profile.name!r} is not there: saelib train {name} --profile {profile.name}")
+    return load(path, model)
+
+
+def source_of(profile: Profile, model) -> Source:
+    """Training activations of a model, from the cache if the profile asks for one."""
+    if profile.activations.cache:
+        return Cached(profile, model, tokens=profile.activations.limit)
+    return Streamed(profile, model)
+
+
+def train(profile: Profile, name: str, out: Path, **how) -> SAE:
+    """Train one of the profile's SAEs, and leave it in `out` (our format, float16) with its log.
+
+    `how` goes to `fit`. The SAE's facts say which model, text and recipe it comes from, and how well it does on the
+    validation text.
+    """
+    recipe, entry = profile.recipe_of(name), profile.saes[name]
+    steps = {checkpoint.step: checkpoint for checkpoint in checkpoints(profile)}
+    if entry.checkpoint is not None and entry.checkpoint not in steps:
+        raise UserError(f"no checkpoint of step {entry.checkpoint}; there are {', '.join(map(str, steps))}")
+    model = load_model(profile, None if entry.checkpoint is None else steps[entry.checkpoint])
+    source = source_of(profile, model)
+    sae, log = fit(source, recipe, entry.seed, out=out, **how)
+    held_out = contexts(profile, load_tokenizer(profile), "validation", VALIDATION)
+    facts = {
+        "name": name, "model": profile.model.name, "checkpoint": entry.checkpoint, "fingerprint": fingerprint(model),
+        "hook": profile.hook, "context_length": profile.context_length, "prepend_bos": profile.prepend_bos,
+        "text": text_fingerprint(profile), "seed": entry.seed, "recipe": recipe.model_dump(mode="json"),
+        "activations": profile.activations.model_dump(mode="json"), "trained_tokens": log[-1]["tokens"],
+        "metrics": evaluate(sae, activations(profile, model, held_out)),
+    }  # fmt: skip
+    sae.facts = {key: value for key, value in facts.items() if value is not None}
+    if World.first():
+        save(sae, out, torch.float16)
+    return sae
+
+
 # --- the loop ---------------------------------------------------------------------------------------------------------
 
 
@@ -248,12 +335,14 @@ def fit(
     if recipe.batch % world.parts:
         raise UserError(f"a batch of {recipe.batch} tokens cannot be shared out over {world.parts} processes")
     trainer = Trainer(recipe, source.d_model, seed, source.sample(SAMPLE, seed), world)
-    identity = hashlib.sha256(f"{recipe.model_dump_json()} {seed} {source.identity}".encode()).hexdigest()[:16]
+    whole = f"{recipe.model_dump_json()} {seed} {source.identity} {world.size} {world.shards}"
+    identity = hashlib.sha256(whole.encode()).hexdigest()[:16]
     record = Record(out, identity, trainer, tensorboard)
     if resume:
         record.resume()
     elif record.unfinished():
         raise UserError(f"{out} holds a run already: go on with --resume, choose another --out, or remove it")
+    record.begin()
     share = recipe.batch // world.parts
     batches = source.batches(recipe.batch, seed, trainer.n_steps)
     shown = {"disable": True} if world.rank else {}  # left alone, $TQDM_DISABLE decides
@@ -285,7 +374,7 @@ class Record:
             self.sums[name] += float(getattr(terms, name))
         if not math.isfinite(self.sums["loss"]):
             raise UserError(
-                f"the loss is not finite at step {trainer.n_steps} (batch number {trainer.n_steps - 1}); {self._last()}: "
+                f"the loss is not finite at step {trainer.n_steps} (batch {trainer.n_steps - 1}); {self._last()}: "
                 f"lower recipe.lr (now {recipe.rate:.2g}), or set recipe.clip=1"
             )
         bar.update()
@@ -343,7 +432,7 @@ class Record:
         return sorted(set.intersection(*steps))
 
     def resume(self) -> None:
-        """Load the newest state, and forget what was logged after it."""
+        """Load the newest state, if there is one."""
         steps = self.unfinished()
         if not steps:
             return
@@ -354,14 +443,21 @@ class Record:
             raise UserError(f"{path} is damaged: remove it, and start again") from error
         if state["identity"] != self.identity:
             raise UserError(
-                f"{self.out} was made with another recipe, seed or data: choose another --out, or remove it"
+                f"{self.out} was made with another recipe, seed, data or number of processes: "
+                "choose another --out, or remove it"
             )
         self.lines, self.seconds = state["lines"], state["seconds"]
         self.trainer.restore(state)
-        if self.first:
-            partial = self.out / "log.partial"
-            partial.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
-            partial.replace(self.out / "log.jsonl")
+
+    def begin(self) -> None:
+        """Forget what a killed run left behind: lines logged after its last state, and files it had not finished."""
+        if self.out is None or not self.first:
+            return
+        for partial in self.out.glob("*.partial"):
+            partial.unlink()
+        partial = self.out / "log.partial"
+        partial.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
+        partial.replace(self.out / "log.jsonl")
 
     def _last(self) -> str:
         steps = self.unfinished()

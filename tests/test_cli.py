@@ -11,7 +11,7 @@ def call(*arguments):
     return CliRunner().invoke(cli.main, arguments)
 
 
-@pytest.mark.parametrize("command", ["", "run", "pretrain", "book", "publish"])
+@pytest.mark.parametrize("command", ["", "run", "pretrain", "train", "export", "import", "book", "publish"])
 def test_help_teaches_by_example(command):
     shown = call(*command.split(), "--help")
     assert shown.exit_code == 0
@@ -41,10 +41,17 @@ def test_help_is_instant():
         (["pretrain", "-p", "hook.lr=100"], "'hook'"),
         (["pretrain", "-p", "pretrain.steps=many"], "'pretrain.steps'"),
         (["pretrain", "-p", "pretrain.steps=100"], "checkpoints must rise and end at steps"),
+        (["run", "01", "--sweep"], "chapter 01 has no sweep"),
+        (["train", "nope"], "has no SAE 'nope'; it has small"),
+        (["train", "small", "-p", "recipe.lrr=1"], "'recipe.lrr'"),
+        (["train", "small", "-p", "recipe.k=5000"], "k = 5000 is more than n_latents = 2048"),
+        (["train", "small", "-p", "saes.small.checkpoint=77"], "no checkpoint of step 77; there are 0, 100"),
+        (["export", "nope", "x", "--format", "openai"], "no SAE at 'nope'"),
+        (["import", "pyproject.toml", "x"], "not a readable file of tensors"),
     ],
 )
 def test_a_users_mistake_is_one_line_and_exit_code_2(arguments, message, tmp_path):
-    out = ["--out", str(tmp_path / "out")] if arguments[0] in ("run", "pretrain") else []
+    out = ["--out", str(tmp_path / "out")] if arguments[0] in ("run", "pretrain", "train") else []
     ended = call(*arguments, *out)
     assert ended.exit_code == 2
     assert ended.stderr.startswith("error: ") and ended.stderr.count("\n") == 1

@@ -3,7 +3,7 @@
 import pytest
 
 from saelib import UserError
-from saelib.profile import ROOT, available, load_profile
+from saelib.profile import ROOT, available, load_profile, override
 
 
 def write(tmp_path, text):
@@ -99,3 +99,14 @@ def test_the_control_differs_in_the_repeats_and_the_length_only():
     plain, base = load_profile("docstring-gpt-plain").pretrain, load_profile("docstring-gpt").pretrain
     changed = {"repeat_share": 0.0, "steps": plain.steps, "checkpoints": plain.checkpoints}
     assert plain == base.model_copy(update=changed)
+
+
+def test_an_sae_takes_the_profiles_recipe_and_its_own_values():
+    chosen = override(load_profile("docstring-gpt"), {"recipe.lr_anchor": 1e-3})
+    large = chosen.recipe_of("large")
+    assert (large.n_latents, large.k) == (8192, chosen.recipe.k)
+    assert large.rate == pytest.approx(1e-3 * 2**0.5)  # 1 / sqrt(n)
+    with pytest.raises(UserError, match="no SAE 'huge'; it has small, large"):
+        chosen.recipe_of("huge")
+    with pytest.raises(UserError, match="recipe.k_auks"):
+        override(chosen, {"saes.large.recipe": {"k_auks": 3}}).recipe_of("large")

@@ -229,3 +229,47 @@ def test_a_damaged_notebook_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "NOTEBOOKS", tmp_path)
     with pytest.raises(UserError, match="01_torn.ipynb"):
         runner.chapters()
+
+
+@pytest.fixture
+def grid(tmp_path, monkeypatch):
+    """A sweep of two variants whose notebook counts its runs. (its grid file, results folder, sweep)"""
+    folder = tmp_path / "notebooks" / "sweeps"
+    folder.mkdir(parents=True)
+    parameters = new_code_cell('profile = "docstring-gpt"\nvariant = "a"', metadata={"tags": ["parameters"]})
+    code = f"""import yaml
+from saelib.profile import load_profile
+from saelib.report import Report
+grid = yaml.safe_load(open({str(folder / "07_toy.yml")!r}))
+values = grid["base"] | grid["variants"][variant]
+report = Report(variant, load_profile(profile), seeds=values.pop("seeds"), values=values)
+report.publish("size", values["size"])"""
+    cells = [new_markdown_cell("# One line"), parameters, new_code_cell(code)]
+    nbformat.write(new_notebook(cells=cells), folder / "07_variant.ipynb")
+    (folder / "07_toy.yml").write_text("base: {seeds: [0], size: 1}\nvariants: {a: {}, b: {size: 2}}\n")
+    monkeypatch.setattr(runner, "NOTEBOOKS", tmp_path / "notebooks")
+    monkeypatch.setattr(runner, "ROOT", tmp_path)
+    monkeypatch.setattr(runner, "BUILD", tmp_path / "_build")
+    return folder / "07_toy.yml", tmp_path / "results" / "docstring-gpt" / "07_sweep", lambda: runner.sweep("7", jobs=2)
+
+
+def test_a_sweep_stores_every_variant_and_runs_again_only_what_changed(grid):
+    file, results, sweep = grid
+    sweep()
+    sizes = {path.stem: json.loads(path.read_text())["values"]["size"]["value"] for path in results.iterdir()}
+    assert sizes == {"a": 1, "b": 2}
+    first = {path.name: path.stat().st_mtime_ns for path in results.iterdir()}
+    sweep()
+    assert {path.name: path.stat().st_mtime_ns for path in results.iterdir()} == first
+    file.write_text(file.read_text().replace("size: 2", "size: 3"))
+    sweep()
+    changed = {path.name for path in results.iterdir() if path.stat().st_mtime_ns != first[path.name]}
+    assert changed == {"b.json"}
+
+
+def test_a_variant_that_fails_is_named_and_the_others_are_kept(grid):
+    file, results, sweep = grid
+    file.write_text(file.read_text().replace("{size: 2}", "{size: .nan}"))
+    with pytest.raises(runner.ChapterFailed, match="size is nan"):
+        sweep()
+    assert [path.name for path in results.glob("*.json")] == ["a.json"]
