@@ -268,3 +268,168 @@ def _box(ax: Axes, token: str, place: tuple[int, int], color: str) -> tuple[floa
     size = max(len(token.strip()), 1)
     ax.add_patch(Rectangle((left + 0.06, -place[1] - 0.36), size - 0.12, 0.72, color=color, alpha=0.2, linewidth=0))
     return left + size / 2, -place[1] + 0.36
+
+
+def training(
+    axes: Sequence[Axes], log: Sequence[Mapping[str, float]], free: tuple[Sequence[int], Sequence[float]] | None
+) -> None:
+    """Error, dead share and decoder norm over tokens; `free`: tokens and norms of a run that does not hold them."""
+    tokens = [line["tokens"] / 1e6 for line in log]
+    names = {"mse": "normalised MSE", "dead": "dead latents (%)", "decoder_norm": "mean decoder norm"}
+    for ax, (name, label) in zip(axes, names.items(), strict=True):
+        values = [line[name] * (100 if name == "dead" else 1) for line in log]
+        ax.plot(tokens, values, color=OURS)
+        ax.set(title=label, xlabel="million tokens", xlim=(0, None))
+    axes[0].set(yscale="log")
+    axes[0].yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), minor_locator=NullLocator(), major_formatter="{x:g}")
+    axes[1].set(ylim=(0, None))
+    if free is not None:
+        axes[2].plot([count / 1e6 for count in free[0]], free[1], color=CONTROL)
+        _note(axes[2], "not held at 1", (free[0][-1] / 1e6, free[1][-1]), CONTROL, xytext=(0, -5), ha="right", va="top")
+
+
+def learning_rates(
+    axes: Sequence[Axes], curves: Mapping[float, tuple[Sequence[int], Sequence[float]]],
+    final: Mapping[float, Sequence[float]], quoted: float,
+) -> None:  # fmt: skip
+    """Left: error while training, one line per rate (darker is larger). Right: error at the end, a dot per seed."""
+    if not curves:
+        return _not_run(axes)
+    ends, best = {}, min(final, key=lambda rate: min(final[rate]))
+    for rank, (rate, (steps, errors)) in enumerate(sorted(curves.items())):
+        color = POINTED if rate == best else SHARE(0.35 + 0.65 * rank / max(len(curves) - 1, 1))
+        axes[0].plot(steps, errors, color=color, linewidth=1.4)
+        axes[1].plot([rate] * len(final[rate]), final[rate], "o", color=color, alpha=0.8)
+        ends[f"{rate:g}"] = (errors[-1], color)
+    for ax in axes:
+        ax.set(yscale="log", ylabel="normalised MSE")
+        ax.yaxis.set(
+            major_locator=LogLocator(subs=(1, 1.5, 2, 3, 5, 7)), minor_locator=NullLocator(), major_formatter="{x:g}"
+        )
+    last = max(steps[-1] for steps, _ in curves.values())
+    axes[0].set(xlabel="step", xlim=(0, 1.28 * last))
+    axes[0].axvline(1000, **DASHED | {"color": CONTROL})
+    _end_labels(axes[0], last, ends)
+    axes[1].axvline(quoted, **DASHED)
+    axes[1].set(xscale="log", xlabel="learning rate")
+    _note(axes[1], "the journal's", (quoted, axes[1].get_ylim()[1]), xytext=(4, -2), va="top")
+
+
+def forest(axes: Sequence[Axes], table: pd.DataFrame, names: Mapping[str, str], base: float) -> None:
+    """What each variant adds to the error, with its 95 % interval, and its dead share beside that of the `base`.
+
+    `table` is `study.sweep_table`'s, `names` say what its rows are called. Linear up to 0.002, logarithmic beyond.
+    """
+    left, right = axes
+    for ax, at in ((left, 0), (right, 100 * base)):
+        ax.axvline(at, color=OURS, linewidth=1.2)
+        ax.grid(axis="x")
+        ax.grid(False, axis="y")
+    for row, (_, found) in enumerate(table.loc[list(names)].iterrows()):
+        if not found.seeds:
+            left.text(
+                0.5, row, "not run", color=CONTROL, ha="center", va="center", transform=left.get_yaxis_transform()
+            )
+            continue
+        color = INK if abs(found.difference) <= found.half else POINTED if found.difference > 0 else SECOND
+        left.errorbar(found.difference, row, xerr=found.half, color=color, marker="o", markersize=5, linewidth=1.2)
+        right.plot(100 * found.dead, row, "o", color=INK, markersize=5)
+    left.set_xscale("symlog", linthresh=2e-3, linscale=1.2)
+    left.set_yticks(range(len(names)), names.values())
+    left.set(ylim=(len(names) - 0.5, -0.5), xlabel="added to the normalised MSE")
+    left.xaxis.set(minor_locator=NullLocator(), major_formatter="{x:g}")
+    right.set(ylim=(len(names) - 0.5, -0.5), yticks=[], xlabel="dead latents (%)", xlim=(-1, None))
+
+
+def frontier(ax: Axes, families: Mapping[str, pd.DataFrame], l0: float) -> None:
+    """Error over active latents per token, one line per architecture; dashed at the `l0` at which they are compared."""
+    shown = {name: runs.dropna(subset="mse").sort_values("l0") for name, runs in families.items()}
+    shown = {name: runs for name, runs in shown.items() if len(runs)}
+    if not shown:
+        return _not_run([ax])
+    colors = dict(zip(families, (OURS, POINTED, SECOND, INK, "#CC79A7"), strict=False))
+    ax.set(xscale="log", yscale="log", xlabel="active latents per token (L0)", ylabel="normalised MSE")
+    for name, runs in shown.items():
+        ax.plot(runs.l0, runs.mse, color=colors[name], marker="o", markersize=5, linewidth=1.3)
+    ax.axvline(l0, **DASHED | {"color": CONTROL})
+    low, high = (edge(edge(runs.l0) for runs in shown.values()) for edge in (min, max))
+    ax.set_xlim(low / 1.4, high * 2.2)
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set(major_locator=LogLocator(subs=(1, 2, 5)), minor_locator=NullLocator(), major_formatter="{x:g}")
+    for name, runs in shown.items():
+        _note(ax, name, (runs.l0.iloc[-1], runs.mse.iloc[-1]), colors[name], xytext=(7, 0), va="center")
+
+
+def other_k(ax: Axes, ks: Sequence[int], curves: Mapping[str, Sequence[float] | None], trained: int) -> None:
+    """Error when another number of latents is kept than the `trained` one; the first curve is the plain one."""
+    if not any(curves.values()):
+        return _not_run([ax])
+    ax.set(xscale="log", yscale="log", xlabel="latents kept per token (k)", ylabel="normalised MSE", xticks=ks)
+    ax.axvline(trained, **DASHED | {"color": CONTROL})
+    ends = {}
+    for (name, values), color in zip(curves.items(), (OURS, POINTED), strict=False):
+        if values:
+            ax.plot(ks, values, color=color, marker=".")
+            ends[name] = (values[-1], color)
+    ax.set_xlim(ks[0] / 1.2, ks[-1] * 3)
+    ax.xaxis.set(minor_locator=NullLocator(), major_formatter="{x:g}")
+    ax.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), minor_locator=NullLocator(), major_formatter="{x:g}")
+    _note(ax, "trained for", (trained, ax.get_ylim()[1]), CONTROL, xytext=(4, -2), va="top")
+    _end_labels(ax, ks[-1], ends)
+
+
+def refinement(ax: Axes, table: pd.DataFrame, names: Mapping[str, str]) -> None:
+    """From the error with an SAE's own values to that with the best ones, and by how much z W_dec grows."""
+    right = table.mse[list(names)].max()
+    for row, (_, found) in enumerate(table.loc[list(names)].iterrows()):
+        if not found.seeds:
+            ax.text(0.5, row, "not run", color=CONTROL, ha="center", va="center", transform=ax.get_yaxis_transform())
+            continue
+        ax.plot([found.mse, found.refined_mse], [row, row], color=CONTROL, linewidth=1.2)
+        ax.plot(found.mse, row, "o", color=OURS)
+        ax.plot(found.refined_mse, row, "o", color=POINTED)
+        _note(ax, f"× {found.refined_norm:.3f}", (right, row), xytext=(12, 0), va="center")
+    ax.set_yticks(range(len(names)), names.values())
+    ax.set(xlabel="normalised MSE: own values (blue), best values (orange)", ylim=(len(names) - 0.5, -0.5))
+    ax.set_xlim(0, 1.15 * right if right > 0 else 1)
+    ax.grid(axis="x")
+    ax.grid(False, axis="y")
+
+
+def deaths(ax: Axes, rows: Mapping[str, tuple[float, float, float]]) -> None:
+    """Share of dead latents before training (ring) and after it (dot; NaN: not run), by outlier severity."""
+    order = sorted(rows, key=lambda name: -rows[name][0])
+    for row, name in enumerate(order):
+        _, before, after = rows[name]
+        ax.plot([100 * before, 100 * after], [row, row], color=CONTROL, linewidth=1.2)
+        ax.plot(100 * before, row, "o", markerfacecolor="white", color=POINTED, markersize=7)
+        ax.plot(100 * after, row, "o", color=OURS, markersize=5)
+    ax.set_yticks(range(len(order)), [f"{name}\nseverity {rows[name][0]:.2f}" for name in order])
+    ax.set(xlabel="dead latents (%): before training (ring), after it (dot)", ylim=(len(order) - 0.5, -0.5))
+    ax.set_xlim(min(ax.get_xlim()[0], -0.5), None)
+    ax.grid(axis="x")
+    ax.grid(False, axis="y")
+
+
+def ladder(ax: Axes, groups: Mapping[str, Mapping[str, float | None]]) -> None:
+    """One row of dots per group on a logarithmic axis, each with its name; a group's first is the home-made one."""
+    for row, values in enumerate(groups.values()):
+        there = {name: value for name, value in values.items() if value is not None}
+        if not there:
+            ax.text(0.5, row, "not run", color=CONTROL, ha="center", va="center", transform=ax.get_yaxis_transform())
+        for rank, name in enumerate(sorted(there, key=there.get)):
+            color = POINTED if name.startswith("home") else OURS
+            ax.plot(there[name], row, "o", color=color, markersize=7)
+            _note(ax, name, (there[name], row), color, xytext=(0, -17 if rank % 2 else 8), ha="center")
+    ax.set_yticks(range(len(groups)), groups)
+    ax.margins(x=0.12)
+    ax.set(xscale="log", xlabel="normalised MSE", ylim=(len(groups) - 0.4, -0.6))
+    ax.xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), minor_locator=NullLocator(), major_formatter="{x:g}")
+    ax.grid(axis="x")
+    ax.grid(False, axis="y")
+
+
+def _not_run(axes: Sequence[Axes]) -> None:
+    for ax in axes:
+        ax.set_axis_off()
+    axes[0].text(0.5, 0.5, "not run", color=CONTROL, ha="center", va="center", transform=axes[0].transAxes)

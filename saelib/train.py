@@ -182,6 +182,8 @@ class Trainer:
         sae = whole_of(self.sae, averages, 1 - self.recipe.ema**self.n_steps, self.world)
         if self.recipe.unit_norm:
             sae.W_dec /= torch.linalg.vector_norm(sae.W_dec, dim=1, keepdim=True)
+        if self.recipe.tied:
+            sae.W_enc.copy_(sae.W_dec)
         return sae.eval()
 
     def state(self) -> dict:
@@ -340,7 +342,7 @@ def fit(
     record = Record(out, identity, trainer, tensorboard)
     if resume:
         record.resume()
-    elif record.unfinished():
+    elif out is not None and any(out.glob("state-*.pt")):
         raise UserError(f"{out} holds a run already: go on with --resume, choose another --out, or remove it")
     record.begin()
     share = recipe.batch // world.parts
@@ -416,24 +418,27 @@ class Record:
         torch.save(state, partial)
         partial.replace(path)
         world.barrier()
-        for old in self.out.glob(f"state-*-{world.rank}.pt"):
+        for old in self.out.glob(f"state-*-{world.rank}of{world.size}.pt"):
             if old != path:
                 old.unlink()
 
     def _path(self, step: int, rank: int) -> Path:
-        return self.out / f"state-{step:08d}-{rank}.pt"
+        return self.out / f"state-{step:08d}-{rank}of{self.trainer.world.size}.pt"
 
     def unfinished(self) -> list[int]:
         """Steps of which every process has saved its state."""
         if self.out is None:
             return []
         size = self.trainer.world.size
-        steps = [{int(path.name[6:14]) for path in self.out.glob(f"state-*-{rank}.pt")} for rank in range(size)]
+        names = [f"state-*-{rank}of{size}.pt" for rank in range(size)]
+        steps = [{int(path.name[6:14]) for path in self.out.glob(name)} for name in names]
         return sorted(set.intersection(*steps))
 
     def resume(self) -> None:
         """Load the newest state, if there is one."""
         steps = self.unfinished()
+        if not steps and self.out is not None and any(self.out.glob("state-*.pt")):
+            raise UserError(f"{self.out} was made with another number of processes: use as many, or another --out")
         if not steps:
             return
         path = self._path(steps[-1], self.trainer.world.rank)

@@ -3,6 +3,7 @@
 from itertools import pairwise
 
 import matplotlib.pyplot as plt
+import pandas as pd
 import pytest
 import torch
 from matplotlib.colors import to_hex
@@ -151,3 +152,84 @@ def test_an_excerpt_is_readable_text(ax):
 def test_long_text_is_wrapped():
     places, lines = plot._typeset(["abcd", " efgh", " ij", "\n"], 8)
     assert places == [(0, 0), (-1, 1), (4, 1), (7, 1)] and lines == 2
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+NAN = float("nan")
+COLUMNS = ["seeds", "mse", "l0", "dead", "refined_mse", "refined_norm", "difference", "half"]
+ROWS = {
+    "whole": [3, 0.08, 16, 0.01, 0.07, 1.008, 0.0, 0.0], "same": [3, 0.081, 16, 0.02, 0.07, 1.0, 0.001, 0.002],
+    "worse": [3, 0.18, 30, 0.4, 0.15, 1.2, 0.1, 0.01], "better": [3, 0.07, 16, 0.0, 0.06, 1.0, -0.01, 0.001],
+    "never": [0, NAN, NAN, NAN, NAN, NAN, NAN, NAN],
+}  # fmt: skip
+SWEEP = pd.DataFrame.from_dict(ROWS, orient="index", columns=COLUMNS)
+NAMES = {name: f"{name} one" for name in ROWS if name != "whole"}
+
+
+@pytest.mark.parametrize("free", [None, ([2000, 8_000_000], [0.8, 1.3])])
+def test_training(free):
+    axes = plt.subplots(1, 3)[1]
+    log = [{"tokens": n * 10**6, "mse": 1 / n, "dead": n / 100, "decoder_norm": 1.0} for n in (1, 2, 4)]
+    plot.training(axes, log, free)
+    assert list(axes[0].lines[0].get_xdata()) == [1, 2, 4] and axes[0].get_yscale() == "log"
+    assert list(axes[1].lines[0].get_ydata()) == [1, 2, 4], "in per cent"
+    assert ("not held at 1" in words(axes[2])) == (free is not None)
+
+
+def test_learning_rates_point_at_the_best():
+    axes = plt.subplots(1, 2)[1]
+    curves = {0.01: ([50, 100], [0.4, 0.3]), 0.001: ([50, 100], [0.5, 0.2])}
+    plot.learning_rates(axes, curves, {0.01: [0.31, 0.3], 0.001: [0.2, 0.21]}, quoted=4e-4)
+    colors = {tuple(line.get_xdata()): line.get_color() for line in axes[1].lines}
+    assert colors[(0.001, 0.001)] == plot.POINTED != colors[(0.01, 0.01)]
+    assert {"0.01", "0.001"} <= set(words(axes[0]).split()) and "the journal's" in words(axes[1])
+
+
+def test_forest_tells_better_from_worse_from_the_same():
+    axes = plt.subplots(1, 2)[1]
+    plot.forest(axes, SWEEP, NAMES, 0.01)
+    assert [tick.get_text() for tick in axes[0].get_yticklabels()] == list(NAMES.values())
+    assert [bar.lines[0].get_color() for bar in axes[0].containers] == [plot.INK, plot.POINTED, plot.SECOND]
+    assert [text.get_text() for text in axes[0].texts] == ["not run"] and axes[0].texts[0].get_position()[1] == 3
+    assert [line.get_xdata()[0] for line in axes[1].lines] == pytest.approx([1, 2, 40, 0])
+
+
+def test_frontier_leaves_out_what_was_not_run(ax):
+    families = {"TopK": SWEEP.loc[["worse", "whole", "never"]], "ReLU": SWEEP.loc[["never"]]}
+    plot.frontier(ax, families, 16)
+    assert "TopK" in words(ax) and "ReLU" not in words(ax)
+    assert list(ax.lines[0].get_xdata()) == [16, 30], "in the order of L0"
+
+
+def test_other_k(ax):
+    plot.other_k(ax, [1, 4, 16], {"TopK": [0.9, 0.3, 0.1], "MultiTopK": None}, trained=4)
+    assert "TopK" in words(ax).split() and "MultiTopK" not in words(ax) and "trained for" in words(ax)
+
+
+def test_refinement(ax):
+    plot.refinement(ax, SWEEP, {"worse": "ReLU", "never": "Gated"})
+    assert "× 1.200" in words(ax) and "not run" in words(ax) and "× 1.008" not in words(ax)
+
+
+def test_deaths_are_sorted_by_severity(ax):
+    plot.deaths(ax, {"mild": (0.1, 0.0, 0.02), "severe": (9.0, 0.7, NAN)})
+    assert [tick.get_text() for tick in ax.get_yticklabels()] == ["severe\nseverity 9.00", "mild\nseverity 0.10"]
+    assert ax.lines[1].get_xdata()[0] == pytest.approx(70)
+
+
+def test_ladder_sets_the_home_made_apart(ax):
+    plot.ladder(ax, {"ours": {"home": 0.08, "small": 0.07}, "journal": {"home 32k": None}})
+    assert {text.get_text(): text.get_color() for text in ax.texts} == {
+        "home": plot.POINTED, "small": plot.OURS, "not run": plot.CONTROL,
+    }  # fmt: skip
+
+
+def test_sweeps_that_were_not_run_say_so(ax):
+    two = plt.subplots(1, 2)[1]
+    plot.learning_rates(two, {}, {}, 4e-4)
+    assert words(two[0]).split()[:2] == ["not", "run"] and not two[1].axison
+    for draw, nothing in ((plot.frontier, {"TopK": SWEEP.loc[["never"]]}), (plot.other_k, {"TopK": None})):
+        ax = plt.subplots()[1]
+        draw(*((ax, nothing, 16) if draw is plot.frontier else (ax, [1, 2], nothing, 16)))
+        assert "not run" in words(ax)

@@ -69,7 +69,7 @@ def weights(sae):
 def test_a_planted_dictionary_is_found(normalize):
     source = Planted()
     recipe = Recipe(
-        n_latents=128, k=3, normalize=normalize, tokens=500_000, batch=256, lr=3e-3, k_aux=16, dead_after=20_000,
+        n_latents=128, k=3, normalize=normalize, tokens=200_000, batch=256, lr=3e-3, k_aux=16, dead_after=20_000,
         ema=0.99,
     )  # fmt: skip
     sae, log = fit(source, recipe)
@@ -78,7 +78,7 @@ def test_a_planted_dictionary_is_found(normalize):
         features = features - features.mean(1, keepdim=True)
         features /= features.norm(dim=1, keepdim=True)
     assert (features @ sae.W_dec.T).amax(1).mean() >= 0.95
-    assert log[-1]["mse"] < 0.1 and log[0]["mse"] > 3 * log[-1]["mse"]
+    assert log[-1]["mse"] < min(0.1, log[0]["mse"] / 2)
     assert [line["step"] for line in log] == [*range(50, recipe.steps, 50), recipe.steps]
 
 
@@ -131,7 +131,7 @@ CASES = {
     "topk, no norms, projected, clipped": {"unit_norm": False, "clip": 0.02, "beta1": 0.5, "beta2": 0.99},
     "relu": {"architecture": "relu", "l1": 0.01, "clip": 0.05},
     "prolu": {"architecture": "prolu", "l1": 0.01},
-    "gated": {"architecture": "gated", "l1": 0.01, "dead_after": 64},
+    "gated": {"architecture": "gated", "l1": 0.01},
     "batchtopk": {"architecture": "batchtopk", "dead_after": 64},
 }
 
@@ -284,9 +284,8 @@ def silenced(recipe, latent, row):
 
 
 def test_a_latent_is_dead_after_so_many_tokens_and_alive_when_it_fires():
-    away = -(data(0) - SAMPLE.mean(0)).mean(0) * 0  # pre-activation 0: it is never active
     for dead_after, first in ((96, 4), (95, 3), (33, 2)):
-        trainer = silenced(small(dead_after=dead_after, k_aux=0), 5, away)
+        trainer = silenced(small(dead_after=dead_after, k_aux=0), 5, 0.0)  # its pre-activation is 0: never active
         for step in range(1, 6):
             trainer.step(data(step))
             assert bool(trainer.dead[5]) == (step >= first), (dead_after, step)
@@ -301,10 +300,10 @@ def test_auxk_revives_a_dead_latent():
     """A latent too weak to be among the k largest: its loss has no gradient but AuxK's."""
     fired = {}
     for k_aux in (0, 8):
-        trainer = silenced(small(dead_after=32, k_aux=k_aux, lr=3e-3), 5, SOURCE.features[3] * 1e-3)
+        trainer = silenced(small(n_latents=16, k=1, dead_after=32, k_aux=k_aux, lr=3e-3), 5, SOURCE.features[3] * 1e-3)
         assert not trainer.sparse(data(0), trainer.dead).fired[5]
         before = trainer.sae.W_enc[5].detach().clone()
-        fired[k_aux] = [bool(trainer.step(data(i)).fired[5]) for i in range(150)]
+        fired[k_aux] = [bool(trainer.step(data(i)).fired[5]) for i in range(120)]
         assert torch.equal(before, trainer.sae.W_enc[5]) == (k_aux == 0)
     assert not any(fired[0]) and any(fired[8])
 
@@ -337,6 +336,16 @@ def children(target, *arguments, number=1):
     for process in found:
         process.start()
     return found
+
+
+def ends(processes, within=120.0):
+    """Exit codes; what has not ended after so many seconds is killed."""
+    limit = time.monotonic() + within
+    for process in processes:
+        process.join(max(0, limit - time.monotonic()))
+        process.kill()
+        process.join()
+    return [process.exitcode for process in processes]
 
 
 def run(_rank, out, pause=0.0, fault=None):
@@ -419,9 +428,7 @@ def flat(value):
 def straight(tmp_path_factory):
     """The outcome of a run that nothing stopped."""
     out = tmp_path_factory.mktemp("straight")
-    (process,) = children(run, out)
-    process.join(120)
-    assert process.exitcode == 0
+    assert ends(children(run, out)) == [0]
     found = outcome(out)
     assert found[0]["steps"] == 60 and [line["step"] for line in found[1]] == list(range(3, 61, 3))
     return found
@@ -438,23 +445,16 @@ def straight(tmp_path_factory):
 )
 def test_a_killed_run_ends_with_the_same_bits(plan, straight, tmp_path):
     for fault in [*plan, None]:
-        (process,) = children(run, tmp_path / "out", 0.0, fault)
-        process.join(120)
-        assert process.exitcode == (0 if fault is None else -signal.SIGKILL)
+        assert ends(children(run, tmp_path / "out", 0.0, fault)) == [0 if fault is None else -signal.SIGKILL]
     assert_same(outcome(tmp_path / "out"), straight)
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["log.jsonl", "state-00000060-0.pt"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["log.jsonl", "state-00000060-0of1.pt"]
 
 
 def test_a_run_killed_at_any_moment_ends_with_the_same_bits(straight, tmp_path):
     moments = random.Random(0)
     for _ in range(3):
-        (process,) = children(run, tmp_path, 0.01)
-        process.join(0.1 + moments.random() / 2)
-        process.kill()
-        process.join()
-    (process,) = children(run, tmp_path)
-    process.join(120)
-    assert process.exitcode == 0
+        ends(children(run, tmp_path, 0.01), within=0.1 + moments.random() / 2)
+    assert ends(children(run, tmp_path)) == [0]
     assert_same(outcome(tmp_path), straight)
 
 
@@ -514,7 +514,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(values, often, tmp_path):
         fit(Broken(12, 24), small(**values), out=tmp_path)
     message = str(error.value)
     assert "not finite at step 8 (batch 7)" in message and "recipe.lr" in message and "\n" not in message
-    state = tmp_path / "state-00000006-0.pt"
+    state = tmp_path / "state-00000006-0of1.pt"
     assert str(state) in message
     good = torch.load(state, weights_only=True)
     assert all(value.isfinite().all() for value in flat(good["sae"]))
@@ -530,11 +530,11 @@ def test_shards_need_processes():
 # --- several processes ------------------------------------------------------------------------------------------------
 
 SHARED = {
-    "plain": small(dead_after=32),
+    "plain": small(dead_after=1),
     "uneven": small(dead_after=32, k=5, k_aux=6),
-    "rich": small(dead_after=32, multi_topk=True, latent_bias=True, clip=0.05, k=4, k_aux=32),
-    "wide": small(dead_after=1, multi_topk=True, k=10, k_aux=48),  # 4k is more than a shard has
-    "raw": small(dead_after=32, normalize="unit", loss_space="raw", tied=True),
+    "rich": small(dead_after=1, multi_topk=True, latent_bias=True, clip=0.05, k=4, k_aux=32),
+    "wide": small(dead_after=1, batch=8, multi_topk=True, k=10, k_aux=48),  # 4k is more than a shard has
+    "raw": small(dead_after=1, normalize="unit", loss_space="raw", tied=True),
 }
 WEAK = [0, 1, 2, 3, 13]
 """Latents that only AuxK uses in case "uneven": of four shards, two have none that is dead."""
@@ -554,7 +554,7 @@ def steps_of(case, world):
     terms, dead = [], []
     for i in range(6):
         dead.append(world.over_latents(trainer.dead.sum()).item())
-        found = trainer.step(data(i)[world.part * share :][:share])
+        found = trainer.step(data(i, recipe.batch)[world.part * share :][:share])
         terms.append([float(found.loss), float(found.mse), float(found.aux), float(found.l0)])
     whole = trainer.averaged()
     return {"terms": terms, "dead": dead, "here": trainer.dead.sum().item(), "weights": weights(whole)}
@@ -589,7 +589,7 @@ def member(rank, size, folder):
     for shards in [shards for shards in (1, 2, 4) if size % shards == 0]:
         found |= {(case, shards): steps_of(case, World(shards)) for case in SHARED}
         train.LOG_EVERY, train.SAVE_EVERY = 1, 2
-        out, recipe = folder / f"run{shards}", small(tokens=32 * 8, dead_after=32)
+        out, recipe = folder / f"run{shards}", small(tokens=32 * 8, dead_after=1)
         try:
             fit(Stops(12, 24), recipe, out=out, shards=shards)
         except KeyboardInterrupt:
@@ -606,16 +606,13 @@ def alone(tmp_path_factory):
     expected = {case: steps_of(case, World()) for case in SHARED}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "LOG_EVERY", 1)
-        sae, log = fit(SOURCE, small(tokens=32 * 8, dead_after=32))
+        sae, log = fit(SOURCE, small(tokens=32 * 8, dead_after=1))
     return expected | {"fit": (weights(sae), [(line["loss"], line["dead"]) for line in log])}
 
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_several_processes_train_as_one_does(size, alone, tmp_path):
-    members = children(member, size, tmp_path, number=size)
-    for process in members:
-        process.join(240)
-    assert [process.exitcode for process in members] == [0] * size
+    assert ends(children(member, size, tmp_path, number=size)) == [0] * size
     results = [torch.load(tmp_path / f"found-{rank}.pt", weights_only=True) for rank in range(size)]
     for found in results:
         messages = found.pop("refusals")
