@@ -14,7 +14,7 @@ from torch import Tensor
 
 from saelib.activations import harvest
 from saelib.profile import Profile
-from saelib.sae import SAE
+from saelib.sae import SAE, TINY
 
 
 class Estimate(NamedTuple):
@@ -57,13 +57,16 @@ class NormalizedMse:
 
 @torch.no_grad()
 def evaluate(sae: SAE, contexts: Iterable[Float[Tensor, "contexts pos d_model"]]) -> dict[str, float]:
-    """Normalised MSE, L0, and the share of latents that never fire, on raw activations in contexts."""
+    """Normalised MSE, L0, and the share of latents that never fire, on raw activations in contexts.
+
+    Errors are measured in the paper's space, centred and scaled to norm 1 by the activation, whatever the SAE reads.
+    """
     mse, active, tokens = NormalizedMse(), 0, 0
     fired = torch.zeros(sae.n_latents, dtype=torch.bool, device=sae.W_enc.device)
     for x in contexts:
-        codes = sae.encode(x)
-        normalized, _, _ = sae.normalized(x)
-        mse.add(normalized, sae.decode(codes._replace(mean=None, scale=None)))
+        codes, mean = sae.encode(x), x.mean(-1, keepdim=True)
+        norm = (x - mean).norm(dim=-1, keepdim=True).clamp_min(TINY)
+        mse.add((x - mean) / norm, (sae.decode(codes) - mean) / norm)
         on = codes.values > 0
         active, tokens = active + on.sum().item(), tokens + on[..., 0].numel()
         fired |= on.flatten(0, 1).any(0) if codes.indices is None else _marked(codes.indices[on], sae.n_latents)

@@ -285,7 +285,9 @@ def training(
     axes[1].set(ylim=(0, None))
     if free is not None:
         axes[2].plot([count / 1e6 for count in free[0]], free[1], color=CONTROL)
-        _note(axes[2], "not held at 1", (free[0][-1] / 1e6, free[1][-1]), CONTROL, xytext=(0, -5), ha="right", va="top")
+        _note(
+            axes[2], "not held at 1", (free[0][-1] / 1e6, free[1][-1]), CONTROL, xytext=(0, -20), ha="right", va="top"
+        )
 
 
 def learning_rates(
@@ -338,7 +340,8 @@ def forest(axes: Sequence[Axes], table: pd.DataFrame, names: Mapping[str, str], 
     left.set_yticks(range(len(names)), names.values())
     left.set(ylim=(len(names) - 0.5, -0.5), xlabel="added to the normalised MSE")
     left.xaxis.set(minor_locator=NullLocator(), major_formatter="{x:g}")
-    right.set(ylim=(len(names) - 0.5, -0.5), yticks=[], xlabel="dead latents (%)", xlim=(-1, None))
+    right.set(ylim=(len(names) - 0.5, -0.5), yticks=[], xlabel="dead latents (%)")
+    right.set_xmargin(0.08)
 
 
 def frontier(ax: Axes, families: Mapping[str, pd.DataFrame], l0: float) -> None:
@@ -356,8 +359,9 @@ def frontier(ax: Axes, families: Mapping[str, pd.DataFrame], l0: float) -> None:
     ax.set_xlim(low / 1.4, high * 2.2)
     for axis in (ax.xaxis, ax.yaxis):
         axis.set(major_locator=LogLocator(subs=(1, 2, 5)), minor_locator=NullLocator(), major_formatter="{x:g}")
-    for name, runs in shown.items():
-        _note(ax, name, (runs.l0.iloc[-1], runs.mse.iloc[-1]), colors[name], xytext=(7, 0), va="center")
+    for rank, (name, runs) in enumerate(shown.items()):  # neighbours above and below in turn
+        at = runs.l0.iloc[-1], runs.mse.iloc[-1]
+        _note(ax, name, at, colors[name], xytext=(7, -6 if rank % 2 else 6), va="center")
 
 
 def other_k(ax: Axes, ks: Sequence[int], curves: Mapping[str, Sequence[float] | None], trained: int) -> None:

@@ -257,9 +257,10 @@ def whole_of(part: SAE, values: dict[str, Tensor], divisor: float, world: World)
 
 
 def where(profile: Profile, name: str) -> Path:
-    """Where an SAE of the profile is: the folder it names, or else where `train` puts it."""
+    """Where an SAE of the profile is: in the folder it names, or else where `saelib train` leaves it."""
     profile.recipe_of(name)
-    return ROOT / (profile.saes[name].path or BUILD / "sae" / profile.name / name)
+    shipped, trained = profile.saes[name].path, BUILD / "sae" / profile.name / name
+    return ROOT / shipped if shipped and (ROOT / shipped).exists() else trained
 
 
 def load_sae(profile: Profile, name: str, model=None) -> SAE:
