@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+collect_ignore_glob = ["notebooks/sweeps/*"]  # hours; their results are stored
 GLUE = "application/papermill.record/"
 MIME_TYPES = ("text/plain", "text/html", "text/markdown", "text/latex", "image/png", "image/jpeg", "image/svg+xml")
 SKIPPED = ("stderr", "text/html", "image/svg+xml", *(GLUE + kind for kind in MIME_TYPES))

@@ -12,7 +12,7 @@ import copy
 import hashlib
 import itertools
 import json
-import os
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -27,8 +27,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from saelib import UserError
 from saelib.models import fingerprint, load_tokenizer
-from saelib.profile import BUILD, ROOT, Profile
-from saelib.report import text_fingerprint
+from saelib.profile import BUILD, ROOT, Docstrings, Profile, text_fingerprint, write
 from saelib.text import token_batches
 
 MODEL = threading.RLock()
@@ -112,10 +111,13 @@ class Streamed:
         self.device = next(model.parameters()).device
         one = torch.zeros(1, profile.context_length, dtype=torch.int64)
         self.per_context, self.d_model = harvest(model, one, self.hook, profile.activations.positions).shape
+        # train text may hold the standard library's docstrings, which change with Python
+        library = split == "train" and isinstance(profile.text, Docstrings) and profile.text.standard_library
         self.facts = {  # what the data follows from
             "model": fingerprint(model), "hook": self.hook, "text": text_fingerprint(profile), "split": split,
             "context": profile.context_length, "prepend_bos": profile.prepend_bos,
             "positions": profile.activations.positions, "block": self.block, "dtype": str(self.dtype),
+            "python": sys.version_info[:2] if library else None,
         }  # fmt: skip
 
     @property
@@ -231,7 +233,6 @@ class Cached(Streamed):
 
     def _build(self) -> None:
         """Write the shards that are missing, and the manifest after each of them."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         blocks = itertools.islice(self._contexts(seed=0), self.limit)
         with tqdm(desc=f"harvest {self.hook}", unit="token", unit_scale=True) as bar:
             for number, contexts in enumerate(blocks):
@@ -251,12 +252,12 @@ class Cached(Streamed):
                 "or leave out the positions that do (activations.positions)"
             )
         data = safetensors.torch.save({"activations": block.cpu()})
-        _write(self.folder / name, data)
+        write({self.folder / name: data})
         return {"tokens": n, "shape": list(block.shape), "sha256": hashlib.sha256(data).hexdigest()}
 
     def _write_manifest(self, complete: bool) -> None:
         manifest = {"identity": self.identity, **self.facts, "complete": complete, "shards": self.shards}
-        _write(self.folder / "manifest.json", (json.dumps(manifest, indent=1) + "\n").encode())
+        write({self.folder / "manifest.json": (json.dumps(manifest, indent=1) + "\n").encode()})
 
     def _blocks(self, seed: int, skip: int, stop: threading.Event) -> Iterator[Float[Tensor, "tokens d_model"]]:
         names = sorted(self.shards)
@@ -276,12 +277,6 @@ class Cached(Streamed):
         if hashlib.sha256(data).hexdigest() != self.shards[name]["sha256"]:
             raise UserError(f"shard {self.shown}/{name} is damaged: delete it and start again, it is harvested again")
         return safetensors.torch.load(data)["activations"]
-
-
-def _write(path: Path, data: bytes) -> None:
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    partial.write_bytes(data)
-    partial.replace(path)
 
 
 def _mixed(*key: int) -> int:

@@ -92,9 +92,9 @@ def run(
             click.echo(f"{runner.line(item.chapter, item.state, item.seconds)}   {item.chapter.title}")
         return
     try:
-        for number in chapters if sweep else ():
-            runner.sweep(number, profile, pairs, jobs, force)
-        if not sweep:
+        if sweep:
+            runner.sweep(chapters, profile, pairs, out, jobs, force)
+        else:
             runner.run(chapters, profile, pairs, out, force)
     except runner.ChapterFailed as error:
         click.echo(str(error), err=True)

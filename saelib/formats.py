@@ -8,8 +8,9 @@
 unpickled as code, and a file that is not what it should be is refused in one line that names file and key.
 
 OpenAI and SAELens divide an activation by its standard deviation, the paper by its norm: x_ln = sqrt(d - 1) x_unit
-(but for `LN_EPS`), and both biases scale with it. sparsify and dictionary_learning do not normalise: their users hand
-in what `SAE.normalized` returns, and our note `saelib_inputs` in the configuration says which kind that is.
+(but for `LN_EPS`, which OpenAI's code adds only where it divides), and both biases scale with it. sparsify and
+dictionary_learning do not normalise: their users hand in what `SAE.normalized` returns, and our note `saelib_inputs` in
+the configuration says which kind that is.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ import hashlib
 import io
 import json
 import math
-import os
 import warnings
 import zipfile
 from pathlib import Path
@@ -31,6 +31,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from saelib import UserError
 from saelib.models import fingerprint
+from saelib.profile import write
 from saelib.sae import SAE, TINY
 
 NORMALIZE = ("unit", "layer_norm", "none")
@@ -126,9 +127,14 @@ def load(path: str | Path, model: TransformerBridge | None = None) -> SAE:
         name = "dictionary_learning" if "encoder.bias" in state else "openai"
     system = SYSTEMS[name]
     file = weights.with_name(system.config) if system.config else weights
-    said = _said(file, system, _json(file) if system.config else state)
+    tree = _json(file) if system.config else state
+    said = _said(file, system, _as_today(tree) if name == "saelens" else tree)
     if name == "openai":
-        state = {key: value for key, value in state.items() if not key.startswith("activation")}
+        state = {key: value for key, value in state.items() if key not in {"activation", "activation_state_dict"}}
+        for key in ("k", "postact_fn"):  # some files say it twice
+            twice = state.pop(f"activation.{key}", said[key])
+            if type(twice) is not type(said[key]) or twice != said[key]:
+                raise _refuse(file, f"key 'activation.{key}' is {twice!r:.40}, activation_state_dict contradicts it")
         said["architecture"] = said["activation"].lower()
         said["normalize"] = "layer_norm" if said["activation"] == "TopK" else "none"  # the file has no other sign
     if name == "sparsify":
@@ -202,6 +208,22 @@ def _said(file: Path, system: System, tree: object) -> dict:
     facts = {name.removeprefix("facts."): said.pop(name) for name in list(said) if name.startswith("facts.")}
     said["facts"] = said["facts"] | {name: value for name, value in facts.items() if value is not None}
     return said
+
+
+def _as_today(tree: object) -> object:
+    """A SAELens configuration in the layout of version 6; before, TopK was the activation function of a `standard` SAE.
+
+    What is not such a configuration is returned as it is.
+    """
+    old = tree if isinstance(tree, dict) else {}
+    called = old.get("activation_fn_str", old.get("activation_fn"))
+    if called != "topk" or old.get("architecture", "standard") not in ("standard", "topk"):
+        return tree
+    sizes, hook = old.get("activation_fn_kwargs"), old.get("hook_name", old.get("hook_point"))
+    metadata = {"hook_name": hook, **{key: old.get(key) for key in ("model_name", "prepend_bos", "context_size")}}
+    new = {"reshape_activations": "hook_z" if "hook_z" in str(hook) else "none"} | old
+    new |= {"architecture": "topk", "k": sizes.get("k") if isinstance(sizes, dict) else None, "metadata": metadata}
+    return new | {"normalize_activations": old.get("normalize_activations") or "none"}  # could be null or false
 
 
 def _checked(file: Path, name: str, said: dict, state: dict[str, object]) -> dict[str, Tensor]:
@@ -347,7 +369,7 @@ def _store(sae: SAE, path: Path, name: str, normalize: str, state: dict[str, Ten
         except (TypeError, ValueError) as error:
             raise UserError(f"JSON cannot hold sae.facts ({error}): keep numbers, words, lists and dicts") from error
         files[path / system.config] = f"{text}\n".encode()
-    _write(files)
+    write(files)
 
 
 def _tree(system: System, said: dict) -> dict:
@@ -362,23 +384,3 @@ def _tree(system: System, said: dict) -> dict:
         value = said.get(name, default)
         node[last] = dict(value) if isinstance(value, dict) else value  # facts stay as they are
     return tree
-
-
-def _write(files: dict[Path, bytes]) -> None:
-    """Write all files under temporary names, then rename them."""
-    partial = {file: file.with_name(f".{file.name}.{os.getpid()}.partial") for file in files}
-    last = list(files)[-1]
-    try:
-        last.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            for file, content in files.items():
-                partial[file].write_bytes(content)
-            for file in files:
-                partial[file].replace(file)
-        finally:
-            for file in files:
-                partial[file].unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"cannot write {last.parent.name}/{last.name} ({error.strerror}): choose another place"
-        ) from error

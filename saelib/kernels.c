@@ -96,9 +96,9 @@ int topk(const float *x, long rows, long n, long k, float *values, int64_t *indi
 void largest(const float *x, long rows, long n, const int64_t *columns, long m, long k, float *z) {
 #pragma omp parallel for schedule(static)
     for (long r = 0; r < rows; r++) {
-        int32_t *bits = (int32_t *)(z + r * m), low = 1, high = 0;
+        int32_t *bits = (int32_t *)(z + r * m), low = 1, high = 0; /* z is written as bits only: no aliases */
         long count = 0;
-        for (long j = 0; j < m; j++) z[r * m + j] = fmaxf(x[r * n + columns[j]], 0);
+        for (long j = 0; j < m; j++) bits[j] = (union { float value; int32_t bits; }){fmaxf(x[r * n + columns[j]], 0)}.bits;
         for (long j = 0; j < m; j++) {
             high = bits[j] > high ? bits[j] : high;
             count += bits[j] > 0;
@@ -152,9 +152,10 @@ void gradients(long n, long d, long k, long tokens, long sets, const int64_t *st
     }
 }
 
-/* What `ops.update` does to the rows of one parameter. */
-void update(long n, long d, float *W, float *G, float *M, float *V, float *A, float rate, float beta1, float beta2, float eps,
-            float root, float scale, float decay, int project, int unit) {
+/* What `ops.update` does to the rows of one parameter. `to_first`, `to_second` and `to_average` are the shares of what is
+ * new: 1 - beta1, 1 - beta2 and 1 - ema, which would lose digits if they were formed here. */
+void adam(long n, long d, float *W, float *G, float *M, float *V, float *A, float rate, float to_first, float to_second,
+          float eps, float root, float scale, float to_average, int project, int unit) {
 #pragma omp parallel for schedule(static)
     for (long i = 0; i < n; i++) {
         float *w = W + i * d, *g = G + i * d, *m = M + i * d, *v = V + i * d, *a = A + i * d;
@@ -171,15 +172,15 @@ void update(long n, long d, float *W, float *G, float *M, float *V, float *A, fl
 #pragma omp simd reduction(+ : square)
         for (long c = 0; c < d; c++) {
             float step = scale * (g[c] - along * w[c]);
-            m[c] += (1 - beta1) * (step - m[c]);
-            v[c] = beta2 * v[c] + (1 - beta2) * step * step;
+            m[c] += to_first * (step - m[c]);
+            v[c] += to_second * (step * step - v[c]);
             w[c] -= rate * m[c] / (sqrtf(v[c]) * root + eps);
             square += w[c] * w[c];
         }
         float factor = unit ? 1 / sqrtf(square) : 1;
         for (long c = 0; c < d; c++) {
             w[c] *= factor;
-            a[c] += (1 - decay) * (w[c] - a[c]);
+            a[c] += to_average * (w[c] - a[c]);
         }
     }
 }

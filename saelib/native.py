@@ -6,13 +6,17 @@ PyTorch. `SAELIB_NATIVE=0` asks for that.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
 import os
+import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
+import warnings
 from pathlib import Path
 
 import torch
@@ -27,43 +31,58 @@ FLAGS = ["-O3", "-march=native", "-fPIC", "-fopenmp", "-fno-math-errno"]
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The built kernels, or None. They run in the threads of the OpenMP that PyTorch has loaded: two pools of threads
-    would get in each other's way."""
-    compiler = os.environ.get("CC") or shutil.which("cc")
-    if sys.platform != "linux" or os.environ.get("SAELIB_NATIVE") == "0" or not compiler:
+    """The built kernels, or None; with a warning where there is a compiler, but they cannot be built or loaded."""
+    compiler = shlex.split(os.environ.get("CC", "")) or ["cc"]
+    if sys.platform != "linux" or os.environ.get("SAELIB_NATIVE") == "0" or not shutil.which(compiler[0]):
         return None
     try:
-        loaded = Path("/proc/self/maps").read_text().splitlines()
-        openmp = next(line.split()[-1] for line in loaded if "libgomp" in line)
-        ctypes.CDLL(openmp, ctypes.RTLD_GLOBAL)
-        return ctypes.CDLL(str(_built(compiler)))
-    except (OSError, StopIteration, subprocess.CalledProcessError):
+        ctypes.CDLL(_openmp(), ctypes.RTLD_GLOBAL)
+        return _loaded(compiler)
+    except (OSError, subprocess.CalledProcessError) as error:
+        reason = (getattr(error, "stderr", "") or str(error)).strip().splitlines()[0]
+        warnings.warn(f"kernels.c is not used, PyTorch does its work, but slower: {reason}", stacklevel=2)
         return None
 
 
-def _built(compiler: str) -> Path:
-    """The shared object; its name changes with the source and with the processor it was built for."""
-    processor = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(("flags", "model"))]
-    key = hashlib.sha256(
-        "\0".join([SOURCE.read_text(), compiler, *FLAGS, *sorted(set(processor))]).encode()
-    ).hexdigest()
-    path = BUILD / "cache" / f"kernels-{key[:12]}.so"
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part, partial = (path.with_suffix(f".{os.getpid()}.{kind}") for kind in ("o", "partial"))
-        for command in (
-            ["-c", str(SOURCE), "-o", str(part), *FLAGS],
-            ["-shared", str(part), "-o", str(partial), "-lm"],
-        ):
-            subprocess.run([compiler, *command], check=True, capture_output=True)
-        part.unlink()
-        partial.replace(path)
-    return path
+def _openmp() -> str:
+    """The OpenMP that PyTorch has loaded. The kernels run in its threads: two pools would get in each other's way."""
+    mapped = [line.split(maxsplit=5) for line in Path("/proc/self/maps").read_text().splitlines()]
+    paths = [fields[5] for fields in mapped if len(fields) == 6 and "libgomp" in Path(fields[5]).name]
+    if not paths:
+        raise OSError("PyTorch has loaded no libgomp")
+    folder = Path(torch.__file__).resolve().parent  # other packages bring an OpenMP of their own
+    return next((path for path in paths if path.startswith((f"{folder}/", f"{folder}.libs/"))), paths[0])
 
 
-def _usable(*tensors: Tensor) -> ctypes.CDLL | None:
-    """The kernels, if they take these tensors."""
-    fits = all(x.dtype == torch.float32 and x.device.type == "cpu" and x.is_contiguous() for x in tensors)
+def _key(compiler: list[str]) -> str:
+    """Changes with the source, the command, and the processor: what was built for one may not run on another."""
+    varies = ("cpu mhz", "bogomips", "processor", "core id", "apicid", "initial apicid", "physical id")
+    lines = set(Path("/proc/cpuinfo").read_text().splitlines())
+    processor = sorted(line for line in lines if not line.lower().startswith(varies))
+    return hashlib.sha256("\0".join([SOURCE.read_text(), *compiler, *FLAGS, *processor]).encode()).hexdigest()[:12]
+
+
+def _loaded(compiler: list[str]) -> ctypes.CDLL:
+    """The shared object, built if it has not been yet; where it cannot be kept, it is built every time."""
+    path = BUILD / "cache" / f"kernels-{_key(compiler)}.so"
+    if path.is_file():
+        return ctypes.CDLL(str(path))
+    with tempfile.TemporaryDirectory() as folder:
+        part, built = f"{folder}/kernels.o", f"{folder}/kernels.so"
+        for command in (["-c", str(SOURCE), "-o", part, *FLAGS], ["-shared", part, "-o", built, "-lm"]):
+            subprocess.run([*compiler, *command], check=True, capture_output=True, text=True)
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_suffix(f".{os.getpid()}.partial")
+            shutil.copy(built, partial)
+            partial.replace(path)
+        return ctypes.CDLL(str(path) if path.is_file() else built)
+
+
+def _usable(*tensors: Tensor, places: tuple[Tensor, ...] = ()) -> ctypes.CDLL | None:
+    """The kernels, if they take these tensors of floats and of indices."""
+    kinds = [(x, torch.float32) for x in tensors] + [(x, torch.int64) for x in places]
+    fits = all(x.dtype == kind and x.device.type == "cpu" and x.is_contiguous() for x, kind in kinds)
     return library() if fits else None
 
 
@@ -74,7 +93,7 @@ def _arguments(*values: Tensor | int | float) -> list:
 
 def topk(x: Float[Tensor, "rows n"], k: int) -> tuple[Float[Tensor, "rows k"], Int[Tensor, "rows k"]] | None:
     """`torch.topk`, or None where the kernel does not apply: wide selections, and values that are not numbers."""
-    kernels = _usable(x) if k * 4 <= x.shape[1] else None
+    kernels = _usable(x) if 1 <= k <= x.shape[1] // 4 else None
     if kernels is None:
         return None
     values, indices = x.new_empty(len(x), k), torch.empty(len(x), k, dtype=torch.int64)
@@ -83,7 +102,7 @@ def topk(x: Float[Tensor, "rows n"], k: int) -> tuple[Float[Tensor, "rows k"], I
 
 def largest(x: Float[Tensor, "rows n"], columns: Int[Tensor, "m"], k: int) -> Float[Tensor, "rows m"] | None:
     """`ops.largest`, or None where the kernel does not apply."""
-    kernels = _usable(x)
+    kernels = _usable(x, places=(columns,))
     if kernels is None:
         return None
     z = x.new_empty(len(x), len(columns))
@@ -93,7 +112,7 @@ def largest(x: Float[Tensor, "rows n"], columns: Int[Tensor, "m"], k: int) -> Fl
 
 def gradients(starts, order, z, g, x, W_dec, to_dec, to_enc, to_latent) -> bool:
     """`ops.gradients` for sorted pairs; False where the kernel does not apply."""
-    kernels = _usable(z, g, x, W_dec, to_dec, to_enc)
+    kernels = _usable(z, g, x, W_dec, to_dec, to_enc, to_latent, places=(starts, order))
     if kernels is not None:
         sets, tokens, k = z.shape
         sizes = (*W_dec.shape, k, tokens, sets)
@@ -105,7 +124,9 @@ def update(tensors: list[Float[Tensor, "n d_model"]], numbers: list[float], proj
     """`ops.update` of one parameter; False where the kernel does not apply."""
     kernels = _usable(*tensors)
     if kernels is not None:
-        kernels.update(*_arguments(*tensors[0].shape, *tensors, *numbers, project, unit))
+        rate, beta1, beta2, *others, ema = numbers
+        numbers = [rate, 1 - beta1, 1 - beta2, *others, 1 - ema]
+        kernels.adam(*_arguments(*tensors[0].shape, *tensors, *numbers, project, unit))
     return kernels is not None
 
 

@@ -11,6 +11,7 @@ TopK, by hand, and reaches only the k rows that a token uses. Both leave gradien
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -124,18 +125,18 @@ def dense(sae: SAE, x: Float[Tensor, "batch d_model"], recipe: Recipe, constant:
         target = error.detach()
         values, indices = pre[:, dead].topk(min(recipe.k_aux, int(dead.sum())))
         z_aux = torch.zeros_like(pre[:, dead]).scatter(-1, indices, values.relu())
-        aux = (target - unit * (z_aux @ sae.W_dec[dead])).square().sum() * _per_spread(target, World())
+        aux = (target - unit * (z_aux @ sae.W_dec[dead])).square().sum() * _per_spread(target, lambda total: total)
         loss = loss + recipe.aux_coefficient * aux
     loss.backward()
     active = z.detach() > 0
     return Terms(loss.detach(), mse.detach(), aux.detach(), active.sum() / len(x), active.any(0))
 
 
-def _per_spread(e: Float[Tensor, "batch d_model"], world: World) -> Tensor:
+def _per_spread(e: Float[Tensor, "batch d_model"], over_tokens: Callable[[Tensor], Tensor]) -> Tensor:
     """1 / sum over tokens of |e - mean e|^2; 0 where all errors are equal: one token teaches AuxK nothing."""
-    total = world.over_tokens(torch.cat([e.sum(0), e.new_tensor([len(e)]), e.square().sum()[None]]))
+    total = over_tokens(torch.cat([e.sum(0), e.new_tensor([len(e)]), e.square().sum()[None]]))
     e = e - total[:-2] / total[-2]
-    spread = world.over_tokens(torch.linalg.vecdot(e, e).sum())
+    spread = over_tokens(torch.linalg.vecdot(e, e).sum())
     return torch.where(spread > torch.finfo(e.dtype).eps * total[-1], 1 / spread, 0)
 
 
@@ -221,7 +222,7 @@ class Sparse:
             kept = world.keep(torch.nn.functional.pad(values, (0, k - values.shape[1])), k)
             z = torch.zeros_like(z).scatter_(1, indices, kept[:, : values.shape[1]])
         W_dec = sae.W_dec[dead]
-        per_spread = _per_spread(error if weight is None else error * weight.sqrt(), world)
+        per_spread = _per_spread(error if weight is None else error * weight.sqrt(), world.over_tokens)
         difference = world.over_latents(z @ W_dec).sub_(error)
         squares = torch.linalg.vecdot(difference, difference)
         aux = world.over_tokens((squares if weight is None else squares * weight[:, 0]).sum()) * per_spread

@@ -6,6 +6,8 @@ in one line that names the file, the key and what is allowed.
 
 from __future__ import annotations
 
+import hashlib
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -120,7 +122,11 @@ class Pretrain(Section):
 
 
 class Recipe(Section):
-    """How a sparse autoencoder is trained: one field per ingredient, by default as Gao et al. (2024) have it."""
+    """How a sparse autoencoder is trained: one field per ingredient, by default as Gao et al. (2024) have it.
+
+    Sizes (`n_latents`, `k`, `tokens`, `batch`, `k_aux`, `dead_after`) are the profile's: their defaults suit a small
+    model, not the paper's.
+    """
 
     architecture: Literal["topk", "batchtopk", "relu", "prolu", "gated"] = "topk"
     """What turns pre-activations into latents (`saelib.sae`): the paper's is `topk`, it compares with the others."""
@@ -349,3 +355,48 @@ def _allowed(location: tuple) -> list[str]:
     for part in location:
         section = sections.get(part, section)
     return sorted(section.model_fields)
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def text_fingerprint(profile: Profile) -> str:
+    """Start of a SHA-256 that changes with the text: of local files the content, of other sources what pins them."""
+    if isinstance(profile.text, Local):
+        return content_hash(ROOT / profile.text.path)
+    pinned = profile.text.model_dump_json()
+    if isinstance(profile.text, HuggingFace) and Path(profile.text.name).is_dir():
+        pinned += content_hash(Path(profile.text.name))
+    return hashlib.sha256(pinned.encode()).hexdigest()[:16]
+
+
+def content_hash(path: Path) -> str:
+    """Start of a SHA-256 over a file, or over the names and contents of all files below a folder."""
+    digest = hashlib.sha256()
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if file.is_file():
+            digest.update(f"{file.relative_to(path).as_posix()}\0".encode() + file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def write(files: dict[Path, bytes]) -> None:
+    """Write all files of one folder under temporary names, then rename them.
+
+    Raises:
+        UserError: the place cannot be written. Nothing half-written is left.
+    """
+    partial = {file: file.with_name(f".{file.name}.{os.getpid()}.partial") for file in files}
+    last = list(files)[-1]
+    try:
+        last.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            for file, content in files.items():
+                partial[file].write_bytes(content)
+            for file in files:
+                partial[file].replace(file)
+        finally:
+            for file in files:
+                partial[file].unlink(missing_ok=True)
+    except OSError as error:
+        shown = f"{last.parent.name}/{last.name}"
+        raise UserError(f"cannot write {shown} ({error.strerror}): choose another place") from error

@@ -11,7 +11,6 @@ the same characters. Nothing that identifies a person or a machine is written.
 from __future__ import annotations
 
 import datetime
-import hashlib
 import importlib.metadata
 import json
 import math
@@ -20,13 +19,12 @@ import platform
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import yaml
 from IPython import get_ipython
 
 from saelib import UserError, __version__
-from saelib.profile import BUILD, ROOT, Local, Profile
+from saelib.profile import BUILD, ROOT, Profile, text_fingerprint, write
 
 Value = float | int | str | list | None
 
@@ -102,10 +100,7 @@ class Report:
         self.provenance["wall_seconds"] = round(time.perf_counter() - self._started, 1)
         content = {"chapter": self.chapter, "profile": self.profile.name, "values": self.values}
         content["provenance"] = self.provenance
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(f".{os.getpid()}.partial")
-        partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        partial.replace(self.path)
+        write({self.path: (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()})
         if text is not None and get_ipython() is not None:  # outside a notebook there is nobody to hand it to
             from myst_nb import glue
 
@@ -142,22 +137,6 @@ def versions() -> dict[str, str]:
     """Versions of Python, of this module, and of the packages that can move a number."""
     packages = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "transformer_lens")}
     return {"python": platform.python_version(), "saelib": __version__, **packages}
-
-
-def text_fingerprint(profile: Profile) -> str:
-    """Start of a SHA-256 that changes with the text: of local files the content, of other sources what pins them."""
-    if isinstance(profile.text, Local):
-        return content_hash(ROOT / profile.text.path)
-    return hashlib.sha256(profile.text.model_dump_json().encode()).hexdigest()[:16]
-
-
-def content_hash(path: Path) -> str:
-    """Start of a SHA-256 over a file, or over the names and contents of all files below a folder."""
-    digest = hashlib.sha256()
-    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-        if file.is_file():
-            digest.update(f"{file.relative_to(path).as_posix()}\0".encode() + file.read_bytes())
-    return digest.hexdigest()[:16]
 
 
 def _commit() -> dict[str, str | bool | None]:

@@ -29,8 +29,8 @@ from papermill.exceptions import PapermillExecutionError
 from papermill.execute import remove_error_markers
 
 from saelib import UserError
-from saelib.profile import BUILD, ROOT, Profile, load_profile
-from saelib.report import content_hash, cores, versions
+from saelib.profile import BUILD, ROOT, Profile, content_hash, load_profile
+from saelib.report import cores, versions
 
 NOTEBOOKS = ROOT / "notebooks"
 FRAME = {"cli.py", "runner.py", "book.py", "pretrain.py"}
@@ -76,7 +76,7 @@ def _read(path: Path) -> Chapter:
     return Chapter(path, content[0][1].split("\n")[0].removeprefix("# "), parameters, content)
 
 
-def select(names: Sequence[str], found: list[Chapter]) -> list[Chapter]:
+def select(names: Sequence[str], found: list[Chapter], what: str = "chapter") -> list[Chapter]:
     """Chapters by number (`01`, `1`) or name (`01_induction`), in the book's order; without names or by `all`, all.
 
     Raises:
@@ -89,7 +89,7 @@ def select(names: Sequence[str], found: list[Chapter]) -> list[Chapter]:
         wanted = Path(name).stem.zfill(2)
         matching = [chapter for chapter in found if wanted in (chapter.name, chapter.name[:2])]
         if not matching:
-            raise UserError(f"no chapter {name!r}: choose from {', '.join(c.name for c in found)}, or all")
+            raise UserError(f"no {what} {name!r}: choose from {', '.join(c.name for c in found)}, or all")
         chosen += matching
     return [chapter for chapter in found if chapter in chosen]
 
@@ -139,7 +139,7 @@ def surroundings(profile: Profile) -> list:
     named = ["book/reported.yml", model.name, model.second_seed, model.checkpoints, getattr(text, "path", None)]
     files += [ROOT / name for name in named if name]
     files += [path for path in (ROOT / "results").glob("*/*.json") if path.parent.name != profile.name]
-    files += (ROOT / "results" / profile.name).glob("*/*.json")  # sweeps
+    files += [*(ROOT / "results" / profile.name).glob("*/*.json"), *(NOTEBOOKS / "sweeps").glob("*.yml")]
     return [profile.model_dump_json(), versions(), [(path.name, content_hash(path)) for path in sorted(files)]]
 
 
@@ -169,8 +169,7 @@ def plan(
     out = (out or BUILD / "runs" / profile.name).resolve()
     if out == NOTEBOOKS.resolve():
         raise UserError(f"--out {out.name} holds the chapters themselves: choose another folder")
-    if profile_name.endswith((".yml", ".yaml")):  # the kernel runs in the notebooks' folder
-        profile_name = os.path.relpath(profile_name, NOTEBOOKS)
+    profile_name = _seen_from(NOTEBOOKS, profile_name)
     shared, plans = surroundings(profile), []
     for chapter in chosen:
         check_parameters(chapter, values)
@@ -180,6 +179,11 @@ def plan(
         inputs = hashlib.sha256(everything.encode()).hexdigest()[:16]
         plans.append(Plan(chapter, parameters, inputs, *_last_run(out / chapter.path.name, inputs)))
     return plans, out
+
+
+def _seen_from(folder: Path, profile_name: str) -> str:
+    """A profile's name, or the path of one's own as the kernel needs it, which runs in `folder`."""
+    return os.path.relpath(profile_name, folder) if profile_name.endswith((".yml", ".yaml")) else profile_name
 
 
 def results_of(out: Path) -> Path:
@@ -218,15 +222,19 @@ def run(
         ChapterFailed: a cell raised any other error. Its executed notebook is kept.
     """
     plans, folder = plan(names, profile_name, pairs, out)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to --out {folder.name}: {error.strerror}; choose another folder") from error
+    _make(folder)
     for item in plans:
         if item.state == "done" and not force:
             print(line(item.chapter, "up to date", item.seconds))
         else:
             _run_one(item, folder / item.chapter.path.name, results_of(folder))
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to --out {folder.name}: {error.strerror}; choose another folder") from error
 
 
 def _run_one(item: Plan, kept: Path, results: Path) -> None:
@@ -267,43 +275,62 @@ def _execute(item: Plan, output: Path, results: Path, **environment: str) -> Non
 
 
 def sweep(
-    number: str, profile_name: str = "docstring-gpt", pairs: Iterable[str] = (), jobs: int = 1, force: bool = False
+    names: Sequence[str] = (),
+    profile_name: str = "docstring-gpt",
+    pairs: Iterable[str] = (),
+    out: Path | None = None,
+    jobs: int = 1,
+    force: bool = False,
 ) -> None:
-    """Run the sweep of a chapter: its variant notebook, once for every variant of its grid that has no results yet.
+    """Run the sweeps of chapters (without names: all there are): the variant notebook, once for each line of the grid.
 
-    Results go to `results/<profile>/NN_sweep/<variant>.json`, one file a variant, so a sweep that was stopped goes on
-    where it was. A variant whose line, or base, has changed in the grid is run again.
+    Results go to `results/<profile>/NN_sweep/<variant>.json` when their notebook has ended, so a sweep that was stopped
+    goes on where it was. A variant whose line, or base, has changed in the grid is run again; `variant=NAME` in `pairs`
+    runs only that one. With other pairs, or `out`, they go to `results` beside the executed notebooks instead, which
+    stand in `_build/runs/<profile>/NN_sweep`, or in `out/NN_sweep`.
 
     Raises:
-        UserError: the chapter has no sweep; or a cell raised one.
+        UserError: a chapter without a sweep, or a variant or parameter that does not exist; or a cell raised one.
         ChapterFailed: a cell raised any other error.
     """
-    grids = sorted((NOTEBOOKS / "sweeps").glob(f"{Path(number).stem[:2].zfill(2)}_*.yml"))
-    if not grids:
-        known = ", ".join(sorted(path.stem for path in (NOTEBOOKS / "sweeps").glob("*.yml")))
-        raise UserError(f"chapter {number} has no sweep; these have: {known}")
-    grid, profile = yaml.safe_load(grids[0].read_text(encoding="utf-8")), load_profile(profile_name)
-    chapter = _read(grids[0].with_name(f"{grids[0].stem[:2]}_variant.ipynb"))
-    folder = ROOT / "results" / profile.name / f"{grids[0].stem[:2]}_sweep"
-    shown = BUILD / "runs" / profile.name / folder.name
-    shown.mkdir(parents=True, exist_ok=True)
+    values, profile, folder = parse_pairs(pairs), load_profile(profile_name), NOTEBOOKS / "sweeps"
+    grids = [chapter for chapter in chapters() if (folder / f"{chapter.name}.yml").is_file()]
+    for chapter in select(names, grids, "chapter with a sweep"):
+        grid = yaml.safe_load((folder / f"{chapter.name}.yml").read_text(encoding="utf-8"))
+        notebook = _read(folder / f"{chapter.name[:2]}_variant.ipynb")
+        check_parameters(notebook, values)
+        only = values.get("variant")
+        if only not in {None, *grid["variants"]}:
+            raise UserError(f"{chapter.name} has no variant {only!r}; it has: {', '.join(grid['variants'])}")
+        shown = (out or BUILD / "runs" / profile.name).resolve() / f"{chapter.name[:2]}_sweep"
+        other = bool(values.keys() - {"variant"})
+        kept = shown / "results" if out or other else ROOT / "results" / profile.name / shown.name
+        for place in (shown / "unfinished", kept):
+            _make(place)
+        item = Plan(notebook, {**values, "profile": _seen_from(folder, profile_name)}, "", "")
+        _sweep_one(item, grid, [only] if only else list(grid["variants"]), shown, kept, jobs, force or other)
+
+
+def _sweep_one(item: Plan, grid: dict, variants: list[str], shown: Path, kept: Path, jobs: int, force: bool) -> None:
+    """Variants of one grid: executed into `shown`, their finished numbers into `kept`."""
     threads = {"OMP_NUM_THREADS": str(max(1, cores() // jobs)), "TQDM_DISABLE": "1"} if jobs > 1 else {}
 
     def one(variant: str) -> None:
-        parameters = {"profile": profile_name, "variant": variant, **parse_pairs(pairs)}
-        wanted, path = grid["base"] | grid["variants"][variant], folder / f"{variant}.json"
+        wanted, path = grid["base"] | grid["variants"][variant], kept / f"{variant}.json"
         done = json.loads(path.read_text(encoding="utf-8"))["provenance"]["parameters"] if path.is_file() else {}
         if not force and {"seeds": done.get("seeds"), **done.get("values", {})} == wanted:
             return
         started, executed = time.perf_counter(), shown / f"{variant}.ipynb"
+        given = item._replace(parameters=item.parameters | {"variant": variant})
         try:
-            _execute(Plan(chapter, parameters, "", ""), executed, folder, **threads)
+            _execute(given, executed, shown / "unfinished", **threads)
         except (PapermillExecutionError, DeadKernelError) as error:
-            raise _explained(chapter, error, executed) from error
+            raise _explained(item.chapter, error, executed) from error
+        (shown / "unfinished" / path.name).replace(path)
         print(f"{variant:<18} done {time.perf_counter() - started:9.1f} s", flush=True)
 
     with ThreadPoolExecutor(jobs) as pool:
-        list(pool.map(one, grid["variants"]))
+        list(pool.map(one, variants))
 
 
 def line(chapter: Chapter, state: str, seconds: float | None) -> str:

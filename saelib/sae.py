@@ -24,7 +24,9 @@ from torch import Tensor, nn
 from saelib import ops
 
 TINY = 1e-12
-"""Norm below which an activation counts as 0: it is normalised to 0, not to noise."""
+"""Norm below which a vector counts as 0."""
+ROUNDING = 16
+"""Last digits of the mean. An activation whose entries are no further from it is normalised to 0, not to noise."""
 LN_EPS = 1e-5
 """What OpenAI's released code and SAELens add to the standard deviation."""
 
@@ -102,8 +104,15 @@ class SAE(nn.Module):
             return x, None, None
         mean = x.mean(-1, keepdim=True)
         x = x - mean
-        scale = x.std(-1, keepdim=True) + LN_EPS if self.normalize == "layer_norm" else x.norm(dim=-1, keepdim=True)
-        return x.div_(scale.clamp_min(TINY)) if not x.requires_grad else x / scale.clamp_min(TINY), mean, scale
+        noise = ROUNDING * torch.finfo(x.dtype).eps * mean.abs()
+        if self.normalize == "layer_norm":
+            spread = x.std(-1, keepdim=True)
+            scale = spread + LN_EPS
+        else:
+            spread = scale = x.norm(dim=-1, keepdim=True)
+            noise = noise * x.shape[-1] ** 0.5
+        divisor = torch.where(spread <= noise.clamp_min(TINY), torch.inf, scale)
+        return x / divisor if x.requires_grad else x.div_(divisor), mean, scale
 
     def pre_activations(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch n_latents"]:
         """W_enc (x - pre_bias) + latent_bias for a normalised x (ProLU and Gated add their biases later)."""
@@ -120,14 +129,18 @@ class SAE(nn.Module):
                 return pre * (pre > self._cut(pre))
             case "relu":
                 return pre.relu()
-            case "prolu":  # the bias acts as a threshold only; its gradient is that of the value it would have shifted
+            case "prolu":  # the bias is a threshold only; of the two published gradients, ProLU_ReLU's
                 return (pre + self.latent_bias - self.latent_bias.detach()) * ((pre > 0) & (pre + self.latent_bias > 0))
             case "gated":
                 return (pre * self.r_mag.exp() + self.mag_bias).relu() * (pre + self.latent_bias > 0)
         raise ValueError(f"unknown architecture {self.architecture!r}")
 
     def _cut(self, pre: Tensor) -> Tensor:
-        """BatchTopK: what a latent must exceed. While training the batch decides, and the mean of its cuts is kept."""
+        """BatchTopK: what a latent must exceed. While training it is the largest value that the batch leaves out.
+
+        Afterwards it is the moving average of those: of the weights as they were at each step, not of their average.
+        (The paper averages the smallest value that is kept.)
+        """
         if not self.training:
             return self.threshold
         kept = self.k * pre[..., 0].numel()

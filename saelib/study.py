@@ -152,6 +152,6 @@ def rank_agreement(curves: Mapping[float, Sequence[float]], final: Mapping[float
 def matched(table: pd.DataFrame, l0: float) -> float | None:
     """Normalised MSE at an L0, from a straight line between runs in both logarithms; None where no run is beyond."""
     runs = table.dropna(subset="mse").sort_values("l0")
-    if runs.empty or not runs.l0.min() - 0.5 <= l0 <= runs.l0.max() + 0.5:  # batchtopk meets its k but roughly
+    if runs.empty or not runs.l0.min() - 0.75 <= l0 <= runs.l0.max() + 0.75:  # batchtopk meets its k but roughly
         return None
     return float(np.exp(np.interp(np.log(l0), np.log(runs.l0), np.log(runs.mse))))

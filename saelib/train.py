@@ -28,8 +28,7 @@ from saelib.formats import load, save
 from saelib.metrics import activations, evaluate
 from saelib.models import checkpoints, fingerprint, load_model, load_tokenizer
 from saelib.objective import Sparse, Terms, World, dense
-from saelib.profile import BUILD, ROOT, Profile, Recipe
-from saelib.report import text_fingerprint
+from saelib.profile import BUILD, ROOT, Profile, Recipe, text_fingerprint
 from saelib.sae import SAE, TINY
 from saelib.text import contexts
 
@@ -174,17 +173,23 @@ class Trainer:
     def averaged(self) -> SAE:
         """The whole SAE with the bias-corrected average of its weights, decoder rows of norm 1: the one to keep.
 
-        On every process of a distributed run, gathered from all shards.
+        Before the first step, that is where it starts. On every process of a distributed run, gathered from all shards.
         """
         names = [name for name, p in self.sae.named_parameters() if any(p is trained for trained in self.trained)]
-        averages = dict(zip(names, self.average, strict=True))
+        values, share = (self.average, 1 - self.recipe.ema**self.n_steps) if self.n_steps else (self.trained, 1.0)
+        averages = dict(zip(names, values, strict=True))
         averages.setdefault("W_enc", averages["W_dec"])  # tied
-        sae = whole_of(self.sae, averages, 1 - self.recipe.ema**self.n_steps, self.world)
+        sae = whole_of(self.sae, averages, share, self.world)
         if self.recipe.unit_norm:
             sae.W_dec /= torch.linalg.vector_norm(sae.W_dec, dim=1, keepdim=True)
         if self.recipe.tied:
             sae.W_enc.copy_(sae.W_dec)
         return sae.eval()
+
+    def finite(self) -> bool:
+        """Whether all weights and their averages are, those of the other shards too."""
+        bad = sum((~value.isfinite()).sum() for value in (*self.trained, *self.average))
+        return not self.world.over_latents(bad)
 
     def state(self) -> dict:
         """Everything that the rest of the run depends on."""
@@ -332,8 +337,11 @@ def fit(
         shards: processes that share the latents, of those that torchrun started; the others share out the tokens.
 
     Raises:
-        UserError: `out` holds another run, or one that is not to be resumed; a loss that is not finite.
+        UserError: `out` holds an SAE, another run, or one that is not to be resumed; a loss or weights that are not
+            finite.
     """
+    if out is not None:
+        _refuse_taken(out, resume)
     world = World(shards)
     if recipe.batch % world.parts:
         raise UserError(f"a batch of {recipe.batch} tokens cannot be shared out over {world.parts} processes")
@@ -343,18 +351,32 @@ def fit(
     record = Record(out, identity, trainer, tensorboard)
     if resume:
         record.resume()
-    elif out is not None and any(out.glob("state-*.pt")):
-        raise UserError(f"{out} holds a run already: go on with --resume, choose another --out, or remove it")
     record.begin()
+    _go_on(trainer, source, seed, record)
+    return trainer.averaged(), record.lines
+
+
+def _go_on(trainer: Trainer, source: Source, seed: int, record: Record) -> None:
+    """The steps that are left."""
+    recipe, world = trainer.recipe, trainer.world
     share = recipe.batch // world.parts
-    batches = source.batches(recipe.batch, seed, trainer.n_steps)
     shown = {"disable": True} if world.rank else {}  # left alone, $TQDM_DISABLE decides
-    with tqdm(total=recipe.steps, initial=trainer.n_steps, unit="step", mininterval=1, **shown) as bar:
+    with (
+        contextlib.closing(source.batches(recipe.batch, seed, trainer.n_steps)) as batches,
+        tqdm(total=recipe.steps, initial=trainer.n_steps, unit="step", mininterval=1, **shown) as bar,
+    ):
         while trainer.n_steps < recipe.steps:
             terms = trainer.step(next(batches)[world.part * share :][:share])
             record.add(terms, bar)
-    batches.close()
-    return trainer.averaged(), record.lines
+
+
+def _refuse_taken(out: Path, resume: bool) -> None:
+    """A folder with a run is for `resume` only; one with an SAE and no state (it was imported, say) is for nothing."""
+    if any(out.glob("state-*.pt")):
+        if not resume:
+            raise UserError(f"{out} holds a run already: go on with --resume, choose another --out, or remove it")
+    elif (out / "sae.safetensors").exists():
+        raise UserError(f"{out} holds an SAE already: choose another --out, or remove it")
 
 
 class Record:
@@ -375,16 +397,21 @@ class Record:
         trainer, recipe = self.trainer, self.trainer.recipe
         for name in self.sums:
             self.sums[name] += float(getattr(terms, name))
-        if not math.isfinite(self.sums["loss"]):
-            raise UserError(
-                f"the loss is not finite at step {trainer.n_steps} (batch {trainer.n_steps - 1}); {self._last()}: "
-                f"lower recipe.lr (now {recipe.rate:.2g}), or set recipe.clip=1"
-            )
+        self._insist("the loss is", math.isfinite(self.sums["loss"]))
         bar.update()
         if trainer.n_steps % LOG_EVERY == 0 or trainer.n_steps == recipe.steps:
             self._line(bar)
             if trainer.n_steps % SAVE_EVERY == 0 or trainer.n_steps == recipe.steps:
+                self._insist("the weights are", trainer.finite())  # the last update comes after the last loss
                 self._save()
+
+    def _insist(self, what: str, finite: bool) -> None:
+        trainer = self.trainer
+        if not finite:
+            raise UserError(
+                f"{what} not finite at step {trainer.n_steps} (batch {trainer.n_steps - 1}); {self._last()}: "
+                f"lower recipe.lr (now {trainer.recipe.rate:.2g}), or set recipe.clip=1"
+            )
 
     def _line(self, bar: tqdm) -> None:
         trainer = self.trainer

@@ -234,6 +234,20 @@ def test_identity_changes_with_whatever_changes_the_data(profile, model, tmp_pat
     assert Streamed(profile, model).identity == found[0]
 
 
+def test_identity_follows_pythons_library_and_the_content_of_a_local_data_set(model, tmp_path, monkeypatch):
+    rows = tmp_path / "data" / "train.jsonl"
+    rows.parent.mkdir()
+    rows.write_text('{"text": "a b"}')
+    data = DEFAULT.model_copy(update={"text": HuggingFace(source="huggingface", name=str(rows.parent)), "hook": HOOK})
+    docstrings = DEFAULT.model_copy(update={"hook": HOOK})
+    kinds = (docstrings, "train"), (docstrings, "validation"), (data, "train")
+    found = [Streamed(profile, model, split).identity for profile, split in kinds]
+    rows.write_text('{"text": "a c"}')
+    monkeypatch.setattr(sys, "version_info", (3, 99, 0))
+    again = [Streamed(profile, model, split).identity for profile, split in kinds]
+    assert [old == new for old, new in zip(found, again, strict=True)] == [False, True, False]
+
+
 def test_text_shorter_than_a_context_is_refused(profile, model, tmp_path):
     (tmp_path / "short.txt").write_text("a b\n\nc d")
     short = profile.model_copy(update={"text": Local(source="local", path=tmp_path / "short.txt")})
@@ -417,4 +431,4 @@ def test_what_float16_cannot_hold_is_refused(profile, model, tmp_path, monkeypat
     monkeypatch.setattr(activations, "_pieces", lambda model, tokens, *_: iter([torch.full((tokens.numel(), 3), 7e4)]))
     with pytest.raises(UserError, match="exceed 65504, the most that float16 holds: stream them"):
         Cached(profile, model, folder=tmp_path / "cache")
-    assert not list((tmp_path / "cache").iterdir())
+    assert not (tmp_path / "cache").exists()

@@ -312,6 +312,9 @@ def test_an_unknown_tensor_is_named(tmp_path, format):
         ("openai", {"activation": "Identity"}, "key 'activation' is 'Identity'"),
         ("openai", {"activation_state_dict": {"k": K, "postact_fn": "Identity"}}, "_dict.postact_fn' is 'Identity'"),
         ("openai", {"activation_state_dict": {}}, "key 'k' is 0"),
+        ("openai", {"activation.k": K + 1}, "key 'activation.k' is 5, activation_state_dict contradicts"),
+        ("openai", {"activation.k": torch.ones(2)}, "key 'activation.k' is tensor"),
+        ("openai", {"activation.scale": torch.ones(2)}, "key 'activation.scale' is unknown"),
     ],
 )  # fmt: skip
 def test_every_configuration_is_checked_and_named(tmp_path, format, changes, words):
@@ -325,6 +328,35 @@ def test_sparsify_may_count_latents_by_expansion_factor(tmp_path):
     export(random_sae(), tmp_path / "sae", "sparsify")
     edit(tmp_path / "sae" / "cfg.json", lambda tree: {**tree, "num_latents": 0, "expansion_factor": N // D})
     assert load(tmp_path / "sae").n_latents == N
+
+
+def test_saelens_before_version_6_had_topk_as_an_activation_function(tmp_path):
+    export(random_sae(), tmp_path / "sae", "saelens")
+    today, file = load(tmp_path / "sae"), tmp_path / "sae" / "cfg.json"
+    old = {
+        "architecture": "standard", "d_in": D, "d_sae": N, "dtype": "float32", "device": "cpu", "model_name": "gpt2",
+        "hook_name": "blocks.8.hook_resid_post", "hook_layer": 8, "hook_head_index": None, "context_size": 64,
+        "activation_fn_str": "topk", "activation_fn_kwargs": {"k": K}, "apply_b_dec_to_input": True,
+        "finetuning_scaling_factor": False, "normalize_activations": "layer_norm", "prepend_bos": False,
+        "sae_lens_training_version": "5.0.0", "neuronpedia_id": None,
+    }  # fmt: skip
+    older = {key: value for key, value in old.items() if key not in {"architecture", "activation_fn_str"}}
+    for tree in (old, {**old, "architecture": "topk"}, {**older, "activation_fn": "topk"}):
+        file.write_text(json.dumps(tree))
+        sae = load(tmp_path / "sae")
+        assert (sae.architecture, sae.k, sae.facts["hook"]) == ("topk", K, old["hook_name"])
+        assert torch.equal(sae(activations()), today(activations()))
+    wrong = {
+        "key 'architecture' is 'gated'": {"architecture": "gated"},
+        "key 'k' is 'None'": {"activation_fn_kwargs": []},
+        "key 'architecture' is 'standard'": {"activation_fn_str": "relu"},
+        "key 'normalize_activations' is 'True'": {"normalize_activations": True},
+        "key 'reshape_activations' is 'hook_z'": {"hook_name": "blocks.8.attn.hook_z"},
+    }
+    for words, change in wrong.items():
+        file.write_text(json.dumps({**old, **change}))
+        with pytest.raises(UserError, match=words):
+            load(tmp_path / "sae")
 
 
 def test_ae_pt_may_stand_alone(tmp_path):

@@ -99,7 +99,8 @@ def test_evaluation_of_an_sae_with_known_answers(architecture):
     found = evaluate(handmade(architecture), [x[:1], x[1:]])
     assert found["l0"] == pytest.approx((1 + 2 + 0) / 3) and found["tokens"] == 6
     assert found["dead_fraction"] == pytest.approx(2 / 8)
-    assert found["normalized_mse"] == pytest.approx(25 / (4 + 25 + 25), rel=1e-6)  # the mean is 0
+    # in the paper's space each token has norm 1 and their mean is 0; the lost one is 25 / (25 - 25 / 4) away
+    assert found["normalized_mse"] == pytest.approx((4 / 3) / 3, rel=1e-6)
     half = evaluate(handmade(architecture), [x[:1]])
     assert half["dead_fraction"] == pytest.approx(5 / 8)
 

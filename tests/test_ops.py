@@ -5,29 +5,61 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saelib import ops
+from saelib import native, ops
 
 seeds = st.integers(0, 2**31)
+dtypes = st.sampled_from([torch.float32, torch.float64])  # kernels are compiled for float32
 
 
-def case(seed, rows, n, k, d=5, ties=False):
-    """Random scores, weights and matrices in float64; with ties, from few distinct values."""
+def case(seed, rows, n, d=5, ties=False, dtype=torch.float64):
+    """Random scores and weights; with ties, from few distinct values."""
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(rows, n, generator=generator, dtype=torch.float64)
-    return (x * 2).round() if ties else x, torch.randn(n, d, generator=generator, dtype=torch.float64), generator
+    x = torch.randn(rows, n, generator=generator, dtype=dtype)
+    return (x * 2).round() if ties else x, torch.randn(n, d, generator=generator, dtype=dtype), generator
 
 
-@settings(max_examples=150, deadline=None)
+def spoil(x, how, generator):
+    """The same scores, some of them infinite, or every other row constant."""
+    some = torch.rand(x.shape, generator=generator) < 0.1
+    match how:
+        case "high" | "low":
+            x[some] = torch.inf if how == "high" else -torch.inf
+        case "both":
+            x[some] = torch.where(torch.rand(int(some.sum()), generator=generator) < 0.5, torch.inf, -torch.inf).to(x)
+        case "constant":
+            x[::2] = x[::2, :1].clone()
+    return x
+
+
+@settings(max_examples=300, deadline=None)
 @given(
-    seeds, st.integers(1, 9), st.sampled_from([1, 7, 64, 96, 512, 1024, 4096, 4100]), st.integers(1, 70), st.booleans()
-)
-def test_topk_finds_what_torch_finds(seed, rows, n, k, ties):
-    x, _, _ = case(seed, rows, n, k, ties=ties)
-    k = min(k, n)
-    values, indices = ops.topk(x, k)
-    assert torch.equal(values, x.topk(k).values)
-    assert torch.equal(x.gather(1, indices), values)
-    assert all(len(set(row)) == k for row in indices.tolist())
+    seeds, st.integers(1, 9), st.sampled_from([1, 7, 64, 96, 333, 512, 1024, 1025, 4096, 4099, 4100]),
+    st.one_of(st.integers(1, 70), st.floats(0, 0.3)), st.booleans(), dtypes,
+    st.sampled_from(["random", "high", "low", "both", "constant"]),
+)  # fmt: skip
+def test_topk_finds_what_torch_finds(seed, rows, n, k, ties, dtype, how):
+    x, _, generator = case(seed, rows, n, ties=ties, dtype=dtype)
+    x = spoil(x, how, generator)
+    k = min(k if isinstance(k, int) else int(k * n) + 1, n)
+    for values, indices in (ops.topk(x, k), ops._staged(x, k)):
+        assert torch.equal(values, x.topk(k).values)
+        assert torch.equal(x.gather(1, indices), values)
+        assert all(len(set(row)) == k for row in indices.tolist())
+    compiled = native.library() is not None and dtype == torch.float32 and k <= n // 4
+    assert (native.topk(x, k) is not None) == compiled
+
+
+def test_what_the_kernels_do_not_take_is_left_to_torch():
+    x = torch.randn(4, 100, generator=torch.Generator().manual_seed(0))
+    assert native.topk(x, 0) is None and ops.topk(x, 0)[0].shape == (4, 0)
+    assert native.topk(x, 26) is None and native.topk(x.T, 1) is None and native.topk(x.double(), 1) is None
+    columns = torch.arange(0, 100, 2)
+    expected = ops.largest(x, columns, 5)
+    for other in (columns.int(), torch.arange(100)[::2]):
+        assert native.largest(x, other, 5) is None
+        assert torch.equal(ops.largest(x, other, 5), expected)
+    if native.library() is not None:
+        assert torch.equal(native.largest(x, columns, 5), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -46,10 +78,9 @@ def test_topk_shows_what_is_not_finite():
 
 
 @settings(max_examples=100, deadline=None)
-@given(seeds, st.integers(1, 9), st.integers(1, 300), st.integers(1, 80), st.booleans(), st.sampled_from([32, 64]))
-def test_largest_keeps_k_positive_values_of_some_columns(seed, rows, n, k, ties, bits):
-    x, _, generator = case(seed, rows, n, 1, ties=ties)
-    x = x.to(torch.float32 if bits == 32 else torch.float64)
+@given(seeds, st.integers(1, 9), st.integers(1, 300), st.integers(1, 80), st.booleans(), dtypes)
+def test_largest_keeps_k_positive_values_of_some_columns(seed, rows, n, k, ties, dtype):
+    x, _, generator = case(seed, rows, n, ties=ties, dtype=dtype)
     columns = torch.randperm(n, generator=generator)[: n // 2 + 1]
     found, offered = ops.largest(x, columns, k), x[:, columns].relu()
     k = min(k, len(columns))
@@ -61,7 +92,7 @@ def test_largest_keeps_k_positive_values_of_some_columns(seed, rows, n, k, ties,
 @given(seeds, st.integers(1, 40), st.integers(1, 80), st.integers(1, 12), st.integers(1, 9), st.integers(1, 2))
 def test_decode_and_gradients_equal_dense_products(seed, rows, n, k, d, sets):
     k = min(k, n)
-    x, W, generator = case(seed, rows, n, k, d)
+    x, W, generator = case(seed, rows, n, d)
     values, indices = x.topk(k)
     z = torch.stack([values.relu() * (0.5 + s) for s in range(sets)])
     g = torch.randn(sets, rows, d, generator=generator, dtype=torch.float64)

@@ -24,8 +24,11 @@ def close(found, expected, absolute):
 
 
 def agrees(found, committed):
-    """Whether two entries agree: seed, weights and text are the same, so only rounding may differ."""
-    return close(found["value"], committed["value"], 1e-3)
+    """Whether two entries agree: seed, weights and text are the same, so only rounding may differ.
+
+    What is trained in the chapter itself may differ by more: training amplifies rounding. It has a standard error.
+    """
+    return close(found["value"], committed["value"], max(1e-3, 3 * (committed["se"] or 0)))
 
 
 @pytest.mark.parametrize("path", sorted(COMMITTED.glob("*.json")), ids=lambda path: path.stem)

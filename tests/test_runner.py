@@ -236,21 +236,25 @@ def grid(tmp_path, monkeypatch):
     """A sweep of two variants whose notebook counts its runs. (its grid file, results folder, sweep)"""
     folder = tmp_path / "notebooks" / "sweeps"
     folder.mkdir(parents=True)
-    parameters = new_code_cell('profile = "docstring-gpt"\nvariant = "a"', metadata={"tags": ["parameters"]})
+    parameters = new_code_cell(
+        'profile = "docstring-gpt"\nvariant = "a"\nsize = None', metadata={"tags": ["parameters"]}
+    )
     code = f"""import yaml
 from saelib.profile import load_profile
 from saelib.report import Report
 grid = yaml.safe_load(open({str(folder / "07_toy.yml")!r}))
 values = grid["base"] | grid["variants"][variant]
 report = Report(variant, load_profile(profile), seeds=values.pop("seeds"), values=values)
-report.publish("size", values["size"])"""
+report.publish("half", 0)
+report.publish("size", size or values["size"])"""
     cells = [new_markdown_cell("# One line"), parameters, new_code_cell(code)]
     nbformat.write(new_notebook(cells=cells), folder / "07_variant.ipynb")
+    write_chapter(folder.parent / "07_toy.ipynb")
     (folder / "07_toy.yml").write_text("base: {seeds: [0], size: 1}\nvariants: {a: {}, b: {size: 2}}\n")
     monkeypatch.setattr(runner, "NOTEBOOKS", tmp_path / "notebooks")
     monkeypatch.setattr(runner, "ROOT", tmp_path)
     monkeypatch.setattr(runner, "BUILD", tmp_path / "_build")
-    return folder / "07_toy.yml", tmp_path / "results" / "docstring-gpt" / "07_sweep", lambda: runner.sweep("7", jobs=2)
+    return folder / "07_toy.yml", tmp_path / "results" / "docstring-gpt" / "07_sweep", lambda: runner.sweep(jobs=2)
 
 
 def test_a_sweep_stores_every_variant_and_runs_again_only_what_changed(grid):
@@ -272,4 +276,18 @@ def test_a_variant_that_fails_is_named_and_the_others_are_kept(grid):
     file.write_text(file.read_text().replace("{size: 2}", "{size: .nan}"))
     with pytest.raises(runner.ChapterFailed, match="size is nan"):
         sweep()
-    assert [path.name for path in results.glob("*.json")] == ["a.json"]
+    assert [path.name for path in results.glob("*.json")] == ["a.json"], "what b had stored by then does not count"
+
+
+def test_a_trial_of_a_sweep_leaves_the_stored_results_alone(grid, tmp_path, monkeypatch):
+    _, results, _ = grid
+    runner.sweep(["7"], pairs=["variant=a"])
+    before = tree(tmp_path / "results")
+    assert list(before) == [results / "a.json"]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my.yml").write_text("extends: docstring-gpt\nname: mine\n")
+    runner.sweep(["7"], "my.yml", ["variant=b", "size=9"])
+    runner.sweep(["7"], pairs=["variant=a"], out=tmp_path / "out")
+    trials = tmp_path / "_build/runs/mine/07_sweep/results/b.json", tmp_path / "out/07_sweep/results/a.json"
+    assert [json.loads(path.read_text())["values"]["size"]["value"] for path in trials] == [9, 1]
+    assert tree(tmp_path / "results") == before

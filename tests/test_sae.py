@@ -123,7 +123,7 @@ def test_batchtopk_never_lets_a_negative_latent_through():
     torch.testing.assert_close(sae.encode(x).values, ((x - sae.pre_bias) @ sae.W_enc.T).relu())
 
 
-def test_prolu_bias_is_a_threshold_with_a_straight_through_gradient():
+def test_prolu_bias_is_a_threshold_with_the_gradient_of_relu():
     sae, x = make("prolu", normalize="none"), data(40, D)
     coefficients = data(40, N, seed=9)
     z = sae.encode(x).values
@@ -170,11 +170,24 @@ def test_unit_normalisation_makes_the_sae_scale_and_shift_with_its_input(archite
 @torch.no_grad()
 def test_zero_and_constant_activations_stay_finite(architecture, normalize):
     sae = make(architecture, normalize=normalize, dtype=torch.float32)
-    for x in (torch.zeros(3, D), torch.full((3, D), 7.25), torch.full((3, D), 1e-30)):
+    for value in (0.0, 7.25, 1e-30, 0.1, -3e5 / 7):
+        x = torch.full((3, D), value)
         codes = sae.encode(x)
+        assert normalize == "none" or (sae.normalized(x)[0] == 0).all()  # nothing of it is what rounding left
         assert codes.values.isfinite().all() and sae(x).isfinite().all()
         if normalize == "unit":
             torch.testing.assert_close(sae(x), x)  # there is nothing but the mean, and that is kept
+
+
+@pytest.mark.parametrize("normalize", ["unit", "layer_norm"])
+def test_a_constant_is_told_from_a_small_signal(normalize):
+    for dtype, least in ((torch.float32, 1e-5), (torch.float64, 1e-14)):
+        sae = SAE(8, 512, 2, normalize=normalize)
+        x = torch.full((1, 512), 1000.1, dtype=dtype)
+        assert (sae.normalized(x)[0] == 0).all()
+        x[0, ::2] *= 1 + least  # entries that differ in their last hundred digits
+        norm = sae.normalized(x)[0].norm().item()
+        assert norm == pytest.approx(1, abs=1e-3) if normalize == "unit" else norm > 0
 
 
 @torch.no_grad()

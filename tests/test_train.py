@@ -3,6 +3,7 @@
 Several processes, and runs that are killed, are children of a fork server that imports PyTorch once.
 """
 
+import contextlib
 import copy
 import json
 import multiprocessing
@@ -190,6 +191,13 @@ def test_the_average_is_the_closed_form():
     last.step(data(0)), last.step(data(1))
     for name, value in weights(last.averaged()).items():
         torch.testing.assert_close(value, weights(last.sae)[name], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("values", [{}, {"tied": True}, {"ema": 0.0}, {"architecture": "gated"}])
+def test_before_the_first_step_the_average_is_the_start(values):
+    trainer = Trainer(small(**values), SOURCE.d_model, 0, SAMPLE)
+    for name, value in weights(trainer.averaged()).items():
+        torch.testing.assert_close(value, weights(trainer.sae)[name], rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("unit", [True, False])
@@ -490,6 +498,15 @@ def test_a_run_in_a_folder_with_a_run_is_refused(often, tmp_path):
     assert (tmp_path / "log.jsonl").read_text() == before
 
 
+def test_an_sae_without_a_state_is_not_overwritten(often, tmp_path):
+    (tmp_path / "sae.safetensors").write_bytes(b"weights")
+    (tmp_path / "log.jsonl").write_text("its log")
+    for resume in (False, True):
+        with pytest.raises(UserError, match="holds an SAE already: choose another --out, or remove it"):
+            fit(SOURCE, small(), out=tmp_path, resume=resume)
+    assert (tmp_path / "log.jsonl").read_text() == "its log" and len(list(tmp_path.iterdir())) == 2
+
+
 @pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b[:200] + b"\0" * len(b)])
 def test_a_damaged_state_is_refused_by_name(damage, often, tmp_path):
     recipe = small(tokens=32 * 4)
@@ -522,6 +539,46 @@ def test_a_loss_that_is_not_finite_stops_the_run(values, often, tmp_path):
         fit(Broken(12, 24), small(**values))
 
 
+@pytest.mark.parametrize(
+    "where",
+    [lambda t: t.sae.W_enc.data, lambda t: t.sae.pre_bias.data, lambda t: t.average[1]],
+    ids=["W_enc", "pre_bias", "average"],
+)
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+def test_weights_that_are_not_finite_are_never_saved(where, value, often, tmp_path, monkeypatch):
+    """In a latent that no token uses, or after the last loss: no loss tells of it."""
+    step = Trainer.step
+
+    def spoiled(trainer, x):
+        terms = step(trainer, x)
+        if trainer.n_steps == 4:
+            where(trainer).view(-1)[5] = value
+        return terms
+
+    monkeypatch.setattr(Trainer, "step", spoiled)
+    with pytest.raises(UserError, match=r"weights are not finite at step 4 \(batch 3\); the last good") as error:
+        fit(SOURCE, small(), out=tmp_path)
+    (state,) = tmp_path.glob("state-*.pt")
+    assert state.name == "state-00000002-0of1.pt" and str(state) in str(error.value)
+    monkeypatch.undo()
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_the_source_is_closed_when_the_run_ends(broken):
+    closed = []
+
+    class Closing(Broken if broken else Planted):
+        def batches(self, *arguments):
+            try:
+                yield from super().batches(*arguments)
+            finally:
+                closed.append(True)
+
+    with pytest.raises(UserError) if broken else contextlib.nullcontext() as error:
+        fit(Closing(12, 24), small())
+    assert closed == [True] and (error is not None) == broken  # though `error` still holds the frames
+
+
 def test_shards_need_processes():
     with pytest.raises(UserError, match="1 processes do not make groups of 2 shards"):
         fit(SOURCE, small(), shards=2)
@@ -551,13 +608,26 @@ def steps_of(case, world):
         trainer.sae.W_enc.data[weak] *= 1e-2
         trainer.since_fired[weak] = 10**7
     share = recipe.batch // world.parts
-    terms, dead = [], []
+    terms, dead, first = [], [], gradients(trainer, data(0, recipe.batch)[world.part * share :][:share])
     for i in range(6):
         dead.append(world.over_latents(trainer.dead.sum()).item())
         found = trainer.step(data(i, recipe.batch)[world.part * share :][:share])
         terms.append([float(found.loss), float(found.mse), float(found.aux), float(found.l0)])
-    whole = trainer.averaged()
-    return {"terms": terms, "dead": dead, "here": trainer.dead.sum().item(), "weights": weights(whole)}
+    found = {"terms": terms, "dead": dead, "here": trainer.dead.sum().item(), "gradients": first}
+    return found | {"weights": weights(trainer.averaged())}
+
+
+def gradients(trainer, x):
+    """Gradients of all latents, without a step; AuxK takes part, as if every other latent were dead too."""
+    since = trainer.since_fired
+    trainer.since_fired = since.clone()
+    trainer.since_fired[::2] = 10**7
+    assert trainer.gradients(x).aux > 0
+    trainer.since_fired = since
+    named = {name: p.grad for name, p in trainer.sae.named_parameters()}
+    return {
+        name: (g if name == "pre_bias" else torch.cat(trainer.world.gather(g))).clone() for name, g in named.items()
+    }
 
 
 class Stops(Planted):
@@ -624,6 +694,9 @@ def test_several_processes_train_as_one_does(size, alone, tmp_path):
                 assert value[1] == [pytest.approx(line, rel=1e-4) for line in alone["fit"][1]], where
             else:
                 assert value["dead"] == alone[case]["dead"], where
+                for name, expected in alone[case]["gradients"].items():
+                    error = (value["gradients"][name] - expected).norm() / expected.norm()
+                    assert error < 1e-5, f"{where}: gradient of {name}: relative error {error:.1e}"
                 torch.testing.assert_close(
                     torch.tensor(value["terms"]), torch.tensor(alone[case]["terms"]), rtol=1e-5, atol=1e-6, msg=where
                 )
