@@ -54,7 +54,7 @@ CONFIGS = {
     "C3": {"d": 128, "n": 4096, "k": 16, "batch": 4096},
 }
 DEAD = {"": 0.0, ", 10 % dead": 0.1}
-ROUNDS, QUICK_ROUNDS = 7, 3
+ROUNDS, QUICK_ROUNDS = 5, 3
 TURN, MOST_STEPS = 1.0, 10
 """A turn is as many steps as fit into so many seconds, but at least one and at most so many."""
 QUIET = {
