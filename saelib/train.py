@@ -23,14 +23,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from saelib import UserError, ops
-from saelib.activations import Cached, Streamed
-from saelib.formats import load, save
-from saelib.metrics import activations, evaluate
-from saelib.models import checkpoints, fingerprint, load_model, load_tokenizer
 from saelib.objective import Sparse, Terms, World, dense
 from saelib.profile import BUILD, ROOT, Profile, Recipe, text_fingerprint
 from saelib.sae import SAE, TINY
-from saelib.text import contexts
 
 VALIDATION = 2048
 """Contexts that a finished SAE is judged by."""
@@ -258,7 +253,7 @@ def whole_of(part: SAE, values: dict[str, Tensor], divisor: float, world: World)
     return whole
 
 
-# --- by name ----------------------------------------------------------------------------------------------------------
+# --- by name: only here are models read, and only here is what reads them imported ------------------------------------
 
 
 def where(profile: Profile, name: str) -> Path:
@@ -274,6 +269,8 @@ def load_sae(profile: Profile, name: str, model=None) -> SAE:
     Raises:
         UserError: there is no such SAE, or it is not trained yet.
     """
+    from saelib.formats import load
+
     path = where(profile, name)
     if not path.exists():
         raise UserError(f"SAE {name!r} of {profile.name!r} is not there: saelib train {name} --profile {profile.name}")
@@ -282,6 +279,8 @@ def load_sae(profile: Profile, name: str, model=None) -> SAE:
 
 def source_of(profile: Profile, model) -> Source:
     """Training activations of a model, from the cache if the profile asks for one."""
+    from saelib.activations import Cached, Streamed
+
     if profile.activations.cache:
         return Cached(profile, model, tokens=profile.activations.limit)
     return Streamed(profile, model)
@@ -293,6 +292,11 @@ def train(profile: Profile, name: str, out: Path, **how) -> SAE:
     `how` goes to `fit`. The SAE's facts say which model, text and recipe it comes from, and how well it does on the
     validation text.
     """
+    from saelib.formats import save
+    from saelib.metrics import activations, evaluate
+    from saelib.models import checkpoints, fingerprint, load_model, load_tokenizer
+    from saelib.text import contexts
+
     recipe, entry = profile.recipe_of(name), profile.saes[name]
     steps = {checkpoint.step: checkpoint for checkpoint in checkpoints(profile)}
     if entry.checkpoint is not None and entry.checkpoint not in steps:
