@@ -45,14 +45,17 @@ def test_a_reference_sae_is_what_its_config_says(name, final):
     assert found["l0"] == pytest.approx(16, abs=0.1)
 
 
-@pytest.mark.parametrize("name", SHIPPED)
+STILL_LEARNS = pytest.mark.xfail(strict=True, reason="its MSE falls by 2.3 % in the last tenth: a longer run is due")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=STILL_LEARNS) if n == "large" else n for n in SHIPPED])
 def test_the_log_of_a_reference_sae_ends_flat(name):
     log = [json.loads(line) for line in (where(PROFILE, name) / "log.jsonl").read_text().splitlines()]
     recipe = PROFILE.recipe_of(name)
     assert log[-1]["step"] == recipe.steps and [line["step"] for line in log] == sorted(line["step"] for line in log)
     tenth = len(log) // 10
     before, last = (sum(line["mse"] for line in part) / tenth for part in (log[-2 * tenth : -tenth], log[-tenth:]))
-    assert abs(last / before - 1) < {"chapter": 0.05, "large": 0.03}.get(name, 0.02)  # the wide one still learns
+    assert abs(last / before - 1) < (0.05 if name == "chapter" else 0.02)
 
 
 def test_the_card_shows_the_numbers_of_the_configs():
