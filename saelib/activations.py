@@ -60,7 +60,7 @@ def _pieces(model, tokens: Tensor, hook: str, positions: tuple[int, int | None])
     context = tokens.shape[1]
     if not range(context)[slice(*positions)]:
         raise UserError(f"activations.positions {list(positions)} selects none of {context} positions: try [0, null]")
-    stop = _layer_above(model, hook)
+    stop = layer_above(model, hook)
     size = SUB_BATCH[next(model.parameters()).device.type]
     for part in tokens.split(max(1, size // context)):
         with MODEL, torch.inference_mode():
@@ -76,8 +76,12 @@ def _pieces(model, tokens: Tensor, hook: str, positions: tuple[int, int | None])
         yield found[:, slice(*positions)].flatten(0, 1).float()
 
 
-def _layer_above(model: TransformerBridge, hook: str) -> int | None:
-    """The first layer that need not run for this hook."""
+def layer_above(model: TransformerBridge, hook: str) -> int | None:
+    """The first layer that need not run for this hook; None where it is in no layer.
+
+    Raises:
+        UserError: the model has no such hook.
+    """
     parts = hook.split(".")
     layer = int(parts[1]) if parts[0] == "blocks" and parts[1:] and parts[1].isdecimal() else None
     if hook in model.hook_dict:

@@ -5,11 +5,12 @@ Standard errors come from contexts, not tokens: the tokens of a context resemble
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from saelib.activations import harvest
@@ -50,9 +51,36 @@ class NormalizedMse:
         mean = total.sum(0) / count.sum()
         spread = square - 2 * total @ mean + count * mean.square().sum()
         ratio = error.sum() / spread.sum()
-        influence = (error - ratio * spread) / spread.sum()
-        n = len(influence)
-        return Estimate(ratio.item(), (influence.square().sum() * n / max(1, n - 1)).sqrt().item())
+        return Estimate(ratio.item(), _clustered((error - ratio * spread) / spread.sum()))
+
+
+def _clustered(influence: Float[Tensor, "contexts"]) -> float:
+    """Standard error of a ratio of sums, from what each context pulls it by."""
+    n = len(influence)
+    return (influence.square().sum() * n / max(1, n - 1)).sqrt().item()
+
+
+def in_unit_space(
+    x: Float[Tensor, "*batch d_model"], x_hat: Float[Tensor, "*batch d_model"]
+) -> tuple[Float[Tensor, "*batch d_model"], Float[Tensor, "*batch d_model"]]:
+    """Both in the paper's space (section 2.1): less the activation's mean over d_model, over its norm."""
+    mean = x.mean(-1, keepdim=True)
+    norm = (x - mean).norm(dim=-1, keepdim=True).clamp_min(TINY)
+    return (x - mean) / norm, (x_hat - mean) / norm
+
+
+def mean(values: Float[Tensor, "n *rest"], where: Bool[Tensor, "n *rest"] | None = None) -> Estimate:
+    """Mean over all tokens (those `where` says), and its standard error over contexts, the first dimension.
+
+    NaN where there is nothing to average.
+    """
+    values = values.double().flatten(1)
+    weight = torch.ones_like(values) if where is None else where.double().flatten(1)
+    total, count = (values.nan_to_num() * weight).sum(1), weight.sum(1)
+    if not count.sum():
+        return Estimate(math.nan, math.nan)
+    value = total.sum() / count.sum()
+    return Estimate(value.item(), _clustered((total - value * count) / count.sum()))
 
 
 @torch.no_grad()
@@ -64,9 +92,8 @@ def evaluate(sae: SAE, contexts: Iterable[Float[Tensor, "contexts pos d_model"]]
     mse, active, tokens = NormalizedMse(), 0, 0
     fired = torch.zeros(sae.n_latents, dtype=torch.bool, device=sae.W_enc.device)
     for x in contexts:
-        codes, mean = sae.encode(x), x.mean(-1, keepdim=True)
-        norm = (x - mean).norm(dim=-1, keepdim=True).clamp_min(TINY)
-        mse.add((x - mean) / norm, (sae.decode(codes) - mean) / norm)
+        codes = sae.encode(x)
+        mse.add(*in_unit_space(x, sae.decode(codes)))
         on = codes.values > 0
         active, tokens = active + on.sum().item(), tokens + on[..., 0].numel()
         fired |= on.flatten(0, 1).any(0) if codes.indices is None else _marked(codes.indices[on], sae.n_latents)

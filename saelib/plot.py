@@ -19,6 +19,7 @@ from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
 from torch import Tensor
 
 from saelib.induction import Head, History
+from saelib.metrics import Estimate
 from saelib.profile import ROOT
 
 OURS, POINTED, SECOND, CONTROL, INK = "#0072B2", "#D55E00", "#009E73", "#9a9a9a", "#2b2b2b"
@@ -433,7 +434,66 @@ def ladder(ax: Axes, groups: Mapping[str, Mapping[str, float | None]]) -> None:
     ax.grid(False, axis="y")
 
 
+# --- of every chapter -------------------------------------------------------------------------------------------------
+
+
+def rows(
+    ax: Axes, values: Mapping[str, Estimate | None], xlabel: str, references: Mapping[str, float] | None = None,
+    fmt: str = ".3f", colors: Mapping[str, str] | None = None,
+) -> None:  # fmt: skip
+    """One row per name: a dot with its 95 % interval and its number; None: not run. `references`: dashed lines."""
+    for name, at in (references or {}).items():
+        ax.axvline(at, **DASHED)
+        _note(ax, name, (at, -0.6), xytext=(0, 2), ha="center", va="bottom")
+    for row, (name, found) in enumerate(values.items()):
+        if found is None:
+            ax.text(0.5, row, "not run", color=CONTROL, ha="center", va="center", transform=ax.get_yaxis_transform())
+            continue
+        color = (colors or {}).get(name, OURS)
+        ax.errorbar(found.value, row, xerr=1.96 * found.se, color=color, marker="o", markersize=6, linewidth=1.2)
+        _note(ax, format(found.value, fmt), (found.value, row), color, xytext=(0, 7), ha="center")
+    ax.set_yticks(range(len(values)), values)
+    ax.set(xlabel=xlabel, ylim=(len(values) - 0.4, -0.6))
+    ax.margins(x=0.12)
+    ax.grid(axis="x")
+    ax.grid(False, axis="y")
+
+
+def lines(
+    ax: Axes, x: Sequence[float], series: Mapping[str, Sequence[Estimate] | None], colors: Mapping[str, str],
+    xlabel: str, ylabel: str,
+) -> None:  # fmt: skip
+    """Values over x, a band of 95 % around each line, names at the right ends. Set scales and limits before."""
+    shown = {name: found for name, found in series.items() if found}
+    if not shown:
+        return _not_run([ax])
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    ends = {}
+    for name, found in shown.items():
+        value = [point.value for point in found]
+        low, high = ([point.value + sign * 1.96 * point.se for point in found] for sign in (-1, 1))
+        ax.fill_between(x, low, high, color=colors[name], alpha=0.2, linewidth=0)
+        ax.plot(x, value, color=colors[name], linewidth=1.4)
+        ends[name] = (value[-1], colors[name])
+    _end_labels(ax, x[-1], ends)
+
+
 def _not_run(axes: Sequence[Axes]) -> None:
     for ax in axes:
         ax.set_axis_off()
     axes[0].text(0.5, 0.5, "not run", color=CONTROL, ha="center", va="center", transform=axes[0].transAxes)
+
+
+# --- chapter 02 -------------------------------------------------------------------------------------------------------
+
+
+# --- chapter 03 -------------------------------------------------------------------------------------------------------
+
+
+# --- chapter 04 -------------------------------------------------------------------------------------------------------
+
+
+# --- chapter 05 -------------------------------------------------------------------------------------------------------
+
+
+# --- chapter 12 -------------------------------------------------------------------------------------------------------
