@@ -113,11 +113,12 @@ void largest(const float *x, long rows, long n, const int64_t *columns, long m, 
                 count = reach;
             } else high = middle - 1;
         }
-        for (long j = m; j-- > 0;) {
-            int drop = bits[j] < low || (count > k && bits[j] == low);
-            count -= bits[j] == low && drop;
-            bits[j] = drop ? 0 : bits[j];
-        }
+        for (long j = 0; j < m; j++) bits[j] = bits[j] < low ? 0 : bits[j];
+        for (long j = m; count > k && j-- > 0;)
+            if (bits[j] == low) {
+                bits[j] = 0;
+                count--;
+            }
     }
 }
 

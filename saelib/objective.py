@@ -227,7 +227,8 @@ class Sparse:
         squares = torch.linalg.vecdot(difference, difference)
         aux = world.over_tokens((squares if weight is None else squares * weight[:, 0]).sum()) * per_spread
         g = _times(difference, weight, 2 * self.recipe.aux_coefficient * per_spread)
-        d_z = (g @ W_dec.T).mul_(z > 0)
+        d_z = g @ W_dec.T
+        torch.ops.aten.threshold_backward.grad_input(d_z, z, 0, grad_input=d_z)  # in one pass: 0 where z is
         sae.W_dec.grad.index_add_(0, dead, z.T @ g)
         sae.W_enc.grad.index_add_(0, dead, d_z.T @ centred)
         self.d_latent.index_add_(0, dead, d_z.sum(0))
