@@ -281,9 +281,15 @@ def source_of(profile: Profile, model) -> Source:
     """Training activations of a model, from the cache if the profile asks for one."""
     from saelib.activations import Cached, Streamed
 
-    if profile.activations.cache:
-        return Cached(profile, model, tokens=profile.activations.limit)
-    return Streamed(profile, model)
+    if not profile.activations.cache:
+        return Streamed(profile, model)
+    world = World()
+    if world.rank > 0:  # the first process harvests, the others read
+        world.barrier()
+    source = Cached(profile, model, tokens=profile.activations.limit)
+    if world.rank == 0:
+        world.barrier()
+    return source
 
 
 def train(profile: Profile, name: str, out: Path, **how) -> SAE:

@@ -339,7 +339,7 @@ LONG = small(tokens=32 * 60, dead_after=64, latent_bias=True)
 
 def children(target, *arguments, number=1):
     """Processes that run target(rank, *arguments), started."""
-    CONTEXT.set_forkserver_preload(["saelib.train"])
+    CONTEXT.set_forkserver_preload(["saelib.train", "saelib.activations"])  # each imports in seconds
     found = [CONTEXT.Process(target=target, args=(rank, *arguments)) for rank in range(number)]
     for process in found:
         process.start()

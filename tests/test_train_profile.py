@@ -1,0 +1,88 @@
+"""Training from a profile, all the way from its text: killed anywhere, and by several processes, it ends the same."""
+
+import os
+import signal
+
+import pytest
+import torch
+from test_train import assert_same, at_batch, children, ends, outcome
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from saelib import activations, train
+from saelib.formats import load
+from saelib.models import load_tokenizer
+from saelib.profile import load_profile, override
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A profile with a tiny model of random weights, a text of its own, and one small SAE."""
+    path = tmp_path_factory.mktemp("profile")
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=4096, n_positions=128, n_embd=8, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
+    GPT2LMHeadModel(config).save_pretrained(path / "model")
+    load_tokenizer(load_profile("docstring-gpt")).save_pretrained(path / "model")
+    words = "alpha beta gamma delta epsilon zeta eta theta".split()
+    parts = [" ".join(words[(i * i + i * j + j) % 8] for j in range(30)) + f" {i}" for i in range(400)]
+    (path / "text.txt").write_text("\n\n".join(parts))
+    (path / "tiny.yml").write_text(f"""
+name: tiny
+model: {{name: {path}/model}}
+text: {{source: local, path: {path}/text.txt}}
+hook: blocks.0.hook_resid_post
+context_length: 16
+device: cpu
+activations: {{block: 20}}
+recipe: {{n_latents: 32, k: 4, k_aux: 4, batch: 40, tokens: 2400, dead_after: 400}}
+saes: {{one: {{}}}}
+""")
+    return path
+
+
+def run(rank, folder, out, cache, fault=None, processes=1):
+    """`saelib train one`, dying when a batch is asked for."""
+    torch.set_num_threads(1)
+    train.LOG_EVERY, train.SAVE_EVERY, train.VALIDATION = 3, 6, 8
+    activations.BUILD = out.parent / "build"
+    if fault is not None:
+        source_of = train.source_of
+
+        def faulty(*arguments):
+            source = source_of(*arguments)
+            at_batch(source, fault)
+            return source
+
+        train.source_of = faulty
+    if processes > 1:
+        os.environ.update(RANK=str(rank), WORLD_SIZE=str(processes), LOCAL_RANK=str(rank))
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(20_000 + os.getppid() % 20_000))
+    profile = override(load_profile(folder / "tiny.yml"), {"activations.cache": cache})
+    with train.processes():
+        train.train(profile, "one", out, resume=True)
+
+
+@pytest.mark.parametrize("cache", [False, True], ids=["streamed", "cached"])
+def test_a_killed_run_goes_on_with_the_batches_it_would_have_seen(cache, folder, tmp_path):
+    assert ends(children(run, folder, tmp_path / "straight", cache)) == [0]
+    expected = outcome(tmp_path / "straight")
+    assert expected[0]["steps"] == 60
+    for fault in (8, 31):
+        assert ends(children(run, folder, tmp_path / "killed", cache, fault)) == [-signal.SIGKILL]
+    assert ends(children(run, folder, tmp_path / "killed", cache)) == [0]
+    assert_same(outcome(tmp_path / "killed"), expected)
+    one, other = (load(tmp_path / name) for name in ("straight", "killed"))
+    assert all(torch.equal(one.state_dict()[key], value) for key, value in other.state_dict().items())
+
+
+def test_processes_share_one_cache_and_train_the_same_sae(folder, tmp_path):
+    """Both start before there is a cache: the first harvests, the other waits for it."""
+    assert ends(children(run, folder, tmp_path / "alone", True)) == [0]
+    shards = sorted((tmp_path / "build").rglob("*.safetensors"))
+    (tmp_path / "build").rename(tmp_path / "other")
+    assert ends(children(run, folder, tmp_path / "two", True, None, 2, number=2)) == [0, 0]
+    again = sorted((tmp_path / "build").rglob("*.safetensors"))
+    assert shards and [path.name for path in again] == [path.name for path in shards]
+    assert not list((tmp_path / "build").rglob("*.partial"))
+    one, two = (load(tmp_path / name) for name in ("alone", "two"))
+    for key, value in one.state_dict().items():
+        torch.testing.assert_close(two.state_dict()[key], value, rtol=2e-3, atol=2e-3)  # float16 files
