@@ -10,8 +10,10 @@ import multiprocessing
 import os
 import random
 import signal
+import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -707,3 +709,27 @@ def test_several_processes_train_as_one_does(size, alone, tmp_path):
     assert all(alone[case]["terms"][-1][2] > 0 for case in SHARED)  # AuxK is at work in all of them
     if size == 4:
         assert [found["uneven", 4]["here"] for found in results] == [4, 1, 0, 0]
+
+
+def test_tensorboard_gets_what_the_log_gets(often, tmp_path, monkeypatch):
+    written = []
+
+    class SummaryWriter:
+        def __init__(self, folder):
+            assert folder == tmp_path / "tensorboard"
+
+        def add_scalar(self, name, value, tokens):
+            written.append((tokens, name, value))
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=SummaryWriter))
+    _, log = fit(SOURCE, small(tokens=32 * 6), out=tmp_path, tensorboard=True)
+    names = ("loss", "mse", "aux", "l0", "dead")
+    expected = [(line["tokens"], name, line[name]) for line in log for name in names]
+    assert [entry for entry in written if entry[1] in names] == expected and len(log) == 3
+
+
+def test_tensorboard_that_is_not_installed_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(UserError, match="pip install tensorboard"):
+        fit(SOURCE, small(tokens=32 * 6), out=tmp_path, tensorboard=True)
+    assert not list(tmp_path.glob("state-*"))
