@@ -42,7 +42,7 @@ class System(NamedTuple):
 
 def dead_latents(config: dict) -> Tensor:
     """Indices of the latents that are to be dead, evenly spread."""
-    share = config["dead"]
+    share = config.get("dead")
     return torch.arange(0, config["n"], round(1 / share)) if share else torch.arange(0)
 
 
@@ -58,6 +58,11 @@ def activations(config: dict) -> list[Tensor]:
     """Gaussian activations, the same for every system: `BATCHES` times [batch, d], float32."""
     generator = torch.Generator().manual_seed(2**20)  # not a seed of weights: tokens would be the rows of the encoder
     return [torch.randn(config["batch"], config["d"], generator=generator) for _ in range(BATCHES)]
+
+
+def stored(config: dict) -> list[Tensor]:
+    """The tensor in the file that `inputs` names."""
+    return [torch.load(config["inputs"], weights_only=True)]
 
 
 def peak_mb() -> float:
@@ -82,6 +87,7 @@ def serve(
     build: Callable[[dict, Tensor], System],
     distributions: tuple[str, ...] = (),
     clock: Callable[[Callable, Tensor], float] = stopwatch,
+    inputs: Callable[[dict], list[Tensor]] = activations,
 ) -> None:
     """Answer until stdin closes.
 
@@ -89,24 +95,25 @@ def serve(
         build: makes the system from a configuration (d, n, k, batch, dead, threads) and a first batch.
         distributions: installed packages whose versions the answer names, besides torch.
         clock: what gives the seconds of a step.
+        inputs: what the steps are given in turn, from a configuration.
     """
     channel = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # some peers print when they are imported
     state: dict = {}
     for line in sys.stdin:
         try:
-            answer = _answer(json.loads(line), state, build, distributions, clock)
+            answer = _answer(json.loads(line), state, build, distributions, clock, inputs)
         except Exception as error:
             traceback.print_exc()
             answer = {"error": f"{type(error).__name__}: {error}"}
         channel.write(json.dumps(answer) + "\n")
 
 
-def _answer(request: dict, state: dict, build, distributions, clock) -> dict:
+def _answer(request: dict, state: dict, build, distributions, clock, inputs) -> dict:
     if config := request.get("config"):
         torch.set_num_threads(config["threads"])
         torch.manual_seed(0)
-        batches = activations(config)
+        batches = inputs(config)
         state.update(config=config, batches=cycle(batches), system=build(config, batches[0]))
         return {"versions": {name: version(name) for name in ("torch", *distributions)}}
     system, seconds = state["system"], []

@@ -21,13 +21,13 @@ def spread(values: list[float], form: str) -> str:
 
 def fastest(measured: dict) -> str | None:
     """The peer with the largest median rate."""
-    peers = [name for name in measured["systems"] if name not in {OURS, FLOOR}]
+    peers = [name for name in measured["systems"] if name != FLOOR and not name.startswith(OURS)]
     return max(peers, key=lambda name: median(rates(measured, name)), default=None)
 
 
-def ratios(measured: dict, other: str | None) -> list[float]:
+def ratios(measured: dict, other: str | None, own: str = OURS) -> list[float]:
     """Our rate over another's, round by round: what slows a round down slows both."""
-    return [ours / theirs for ours, theirs in zip(rates(measured, OURS), rates(measured, other), strict=False)]
+    return [ours / theirs for ours, theirs in zip(rates(measured, own), rates(measured, other), strict=False)]
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -97,3 +97,34 @@ Median of the rounds (smallest–largest). Ratios are taken round by round. The 
 
 {memory(result)}
 """ + "".join(f"\n{note}" for note in notes)
+
+
+def evaluation(result: dict) -> str:
+    """The page that `evaluation.py` writes."""
+    hardware, variants, peer = result["hardware"], result["variants"], fastest(result)
+    whole = {"configurations": {"": result}}
+    rows = []
+    for name, title in titles(whole):
+        rate, over = rates(result, name), ratios(result, peer, name)
+        each = [ratio * variants[name] / variants[peer] for ratio in over]
+        per_variant = spread([variants[name] * value for value in rate], ",.0f")
+        rows.append(
+            [title, str(variants[name]), spread(rate, ",.0f"), spread(over, ".2f"), per_variant, spread(each, ".2f")]
+        )
+    head = ["", "variants", "tokens/s", "over the fastest peer", "tokens/s times variants", "over the fastest peer"]
+    facts = {name: system["rounds"][-1]["facts"] for name, system in result["systems"].items()}
+    numbers = [
+        [title, *(f"{facts[name][key]:.5f}" for key in ("ce", "delta_ce", "kl"))] for name, title in titles(whole)
+    ]
+    return f"""# Downstream loss, side by side
+
+{result["date"]}, commit {result["commit"]}, float32, {hardware["threads"]} threads.
+{hardware["cpu"]}, {hardware["cores"]} cores.
+{versions(whole)}.
+{result["config"]["profile"]}, its small SAE, {result["config"]["batch"]:,} tokens. Median of the rounds
+(smallest–largest); ratios are taken round by round, against the peer with the highest rate.
+
+{table(head, rows)}
+
+{table(["nats", "cross-entropy", "rise with the SAE", "KL divergence"], numbers)}
+""" + "".join(f"\n- {name} left out: {why}" for name, why in result["notes"].items())

@@ -36,14 +36,14 @@ class Entry(NamedTuple):
     script: str
     environment: str | None = None
     """Folder below the peers' environments; None: the project's own."""
-    sparse: bool = False
-    """SAELens's sparse option."""
+    options: dict | None = None
+    """What the worker is told besides the configuration."""
 
 
 SYSTEMS = {
     "ours": Entry("saelib (ours)", "worker_ours.py"),
     "saelens": Entry("SAELens, default", "worker_sae_lens.py", "sae-lens"),
-    "saelens-sparse": Entry("SAELens, sparse option", "worker_sae_lens.py", "sae-lens", sparse=True),
+    "saelens-sparse": Entry("SAELens, sparse option", "worker_sae_lens.py", "sae-lens", {"sparse": True}),
     "sparsify": Entry("sparsify (Adam)", "worker_sparsify.py", "eai-sparsify"),
     "dictionary_learning": Entry("dictionary_learning", "worker_dictionary_learning.py", "dictionary-learning"),
     "floor": Entry("floor (model)", "worker_floor.py"),
@@ -71,8 +71,8 @@ QUIET = {
 class Worker:
     """A system in its process, and what was measured of it; its stderr goes to a log file."""
 
-    def __init__(self, name: str, config: dict, peers: Path, log: Path):
-        self.entry, self.log, self.steps = SYSTEMS[name], log, 2
+    def __init__(self, entry: Entry, config: dict, peers: Path, log: Path):
+        self.entry, self.log, self.steps = entry, log, 2
         self.record: dict = {"title": self.entry.title, "rounds": []}
         script, environment = HERE / self.entry.script, self.entry.environment
         python = peers / environment / "bin" / "python" if environment else Path(sys.executable)
@@ -81,7 +81,7 @@ class Worker:
         threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(config["threads"]))
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": log.open("w")}
         self.process = subprocess.Popen([python, script], **pipes, text=True, env={**os.environ, **QUIET, **threads})
-        self.send({"config": {**config, "sparse": self.entry.sparse}})  # answered when it is built: see `ready`
+        self.send({"config": config | (entry.options or {})})  # answered when it is built: see `ready`
 
     def send(self, message: dict) -> None:
         self.process.stdin.write(json.dumps(message) + "\n")
@@ -118,8 +118,9 @@ class Worker:
         self.process.wait()
 
 
-def measure(label: str, config: dict, names: list[str], rounds: int, peers: Path, logs: Path) -> dict:
+def measure(label: str, config: dict, systems: dict[str, Entry], rounds: int, peers: Path, logs: Path) -> dict:
     """All rounds of one configuration; a system that fails is left out, and `notes` says why."""
+    names = list(systems)
     workers: dict[str, Worker] = {}
     notes: dict[str, str] = {}
 
@@ -129,7 +130,7 @@ def measure(label: str, config: dict, names: list[str], rounds: int, peers: Path
                 _attempt(act, name, notes)
 
     def start(name: str) -> None:
-        workers[name] = Worker(name, config, peers, logs / f"{label[:2]}-{config['dead']:g}-{name}.log")
+        workers[name] = Worker(systems[name], config, peers, logs / f"{slug(label)}-{name}.log")
 
     try:
         in_turn(start)
@@ -169,6 +170,26 @@ def commit() -> str | None:
     return run.stdout.strip() or None
 
 
+def slug(text: str) -> str:
+    """A text as a file's name."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def provenance(threads: int) -> dict:
+    """When, of which commit and on what the timings were taken."""
+    hardware = {"cpu": cpu(), "cores": cores(), "threads": threads}
+    return {"date": f"{datetime.now(UTC):%Y-%m-%d}", "commit": commit(), "hardware": hardware}
+
+
+def store(folder: Path, name: str, result: dict, page: str) -> None:
+    """The raw rounds and the page."""
+    machine = result["hardware"]
+    where = slug(f"{machine['cpu']} {machine['cores']} cores")
+    write(folder / f"{name}-{where}.json", json.dumps(result, indent=1) + "\n")
+    write(folder / f"{name}.md", page)
+    print(page)
+
+
 def write(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
     partial = path.with_name(path.name + ".partial")
@@ -197,19 +218,15 @@ def main() -> None:
     folder = HERE / "results" if args.whole else build
     for path in (build, folder):
         path.mkdir(parents=True, exist_ok=True)
-    names = [name for name in SYSTEMS if name in args.only or name == "floor"]
-    hardware = {"cpu": cpu(), "cores": cores(), "threads": args.threads}
-    result = {"date": f"{datetime.now(UTC):%Y-%m-%d}", "commit": commit(), "hardware": hardware, "configurations": {}}
+    systems = {name: entry for name, entry in SYSTEMS.items() if name in args.only or name == "floor"}
+    result = {**provenance(args.threads), "configurations": {}}
     for suffix, dead in DEAD.items():
         for label in (f"{key}{suffix}" for key in args.configs):
             print(f"{label} …", file=sys.stderr)
             config = {**CONFIGS[label[:2]], "dead": dead, "threads": args.threads}
             rounds = QUICK_ROUNDS if args.quick else ROUNDS
-            result["configurations"][label] = measure(label, config, names, rounds, args.peers, build)
-    slug = re.sub(r"[^a-z0-9]+", "-", f"{hardware['cpu']} {hardware['cores']} cores".lower()).strip("-")
-    write(folder / f"training-{slug}.json", json.dumps(result, indent=1) + "\n")
-    write(folder / "training.md", markdown(result))
-    print(markdown(result))
+            result["configurations"][label] = measure(label, config, systems, rounds, args.peers, build)
+    store(folder, "training", result, markdown(result))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ def build(config, _):
     from sae_lens.config import SAETrainerConfig
     from sae_lens.training.sae_trainer import SAETrainer
 
-    sparse = config["sparse"]
+    sparse = config.get("sparse", False)
     variant = {"use_sparse_activations": sparse, "rescale_acts_by_decoder_norm": not sparse}
     sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=config["d"], d_sae=config["n"], k=config["k"], **variant))
     steps = 1_000_000
