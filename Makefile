@@ -1,4 +1,4 @@
-# Thin: every target is one or two commands that anyone could type. Start with `make book`.
+# Thin: every target is a few commands that anyone could type. Start with `make book`.
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
@@ -20,8 +20,10 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-bench: setup peers  ## training steps of ours and of the peers, side by side; a quarter of an hour, nothing else running
+bench: setup peers  ## ours and others', side by side; half an hour, nothing else running
 	$(BIN)/python benchmarks/training.py
+	$(BIN)/python benchmarks/evaluation.py
+	$(BIN)/python benchmarks/sparsity.py
 
 interop: setup peers  ## the peers load what we write, and we load what they write
 	$(BIN)/pytest tests/test_interop.py

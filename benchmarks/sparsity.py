@@ -49,7 +49,7 @@ def ways(profile, model, sae) -> dict:
         return plain_sparsity.sparsity(model, profile.hook, tokens, index.tolist(), parts, **how)[0], parts.on
 
     def fair(tokens, index):
-        return plain(tokens, index, median=lambda x: sparsity._median(x[None])[0])
+        return plain(tokens, index, median=lambda x: sparsity.median(x[None])[0])
 
     return {OURS: ours, PLAIN: plain, FAIR: fair}
 

@@ -201,3 +201,38 @@ void across(long n, long d, const float *G, const float *W, float *squares) {
         squares[i] = total - along * along / norm;
     }
 }
+
+/* e^x for x <= 0, to two last digits: 2^whole e^rest. Adding and taking away 1.5 * 2^23 rounds to a whole number; calls
+ * of rintf and expf would keep the loop from being vectorised. */
+static inline float exponential(float x) {
+    x = x < -87 ? -87 : x; /* not a number stays so */
+    float whole = (x * 1.44269504f + 12582912.0f) - 12582912.0f;
+    float rest = fmaf(whole, 2.12194440e-4f, fmaf(whole, -0.693359375f, x));
+    float sum = 1.0f / 5040;
+    sum = fmaf(sum, rest, 1.0f / 720);
+    sum = fmaf(sum, rest, 1.0f / 120);
+    sum = fmaf(sum, rest, 1.0f / 24);
+    sum = fmaf(sum, rest, 1.0f / 6);
+    sum = fmaf(sum, rest, 0.5f);
+    sum = fmaf(sum * rest, rest, rest + 1);
+    return sum * (union { int32_t bits; float value; }){((int32_t)whole + 127) << 23}.value;
+}
+
+/* For every row x of logits[rows][n]: its maximum; log sum e^(x - maximum); sum p (x - maximum). */
+void predictions(const float *logits, const float *p, long rows, long n, float *top, float *lse, float *expected) {
+#pragma omp parallel for schedule(static)
+    for (long r = 0; r < rows; r++) {
+        const float *x = logits + r * n, *q = p + r * n;
+        float high = x[0], sum = 0, product = 0;
+#pragma omp simd reduction(max : high)
+        for (long j = 0; j < n; j++) high = x[j] > high ? x[j] : high;
+#pragma omp simd reduction(+ : sum, product)
+        for (long j = 0; j < n; j++) {
+            sum += exponential(x[j] - high);
+            product += q[j] * (x[j] - high);
+        }
+        top[r] = high;
+        lse[r] = logf(sum);
+        expected[r] = product;
+    }
+}

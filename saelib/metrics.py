@@ -1,21 +1,35 @@
 """How well a reconstruction stands for the activation: sums over a stream, one division at the end.
 
-Standard errors come from contexts, not tokens: the tokens of a context resemble each other.
+Standard errors come from blocks of contexts, not tokens: the tokens of a context resemble each other, and contexts that
+are cut one after the other from the same documents do, too.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from tqdm import tqdm
 
+from saelib import UserError
 from saelib.activations import harvest
 from saelib.profile import Profile
 from saelib.sae import SAE, TINY
+
+About = Literal["mean", "last", "zero"]
+"""What a spread is measured from: the mean of all activations, that of each context's last one, or nothing."""
+
+
+BLOCK = 8
+"""Neighbouring contexts that count as one when it comes to standard errors: together longer than most documents."""
+
+
+LATENTS = 2**28
+"""Latents times tokens that are computed together: 1 GiB before the top k are chosen."""
 
 
 class Estimate(NamedTuple):
@@ -23,6 +37,39 @@ class Estimate(NamedTuple):
 
     value: float
     se: float
+
+
+class Spread:
+    """Squared distances of activations from one point, summed over a stream: what errors are divided by.
+
+    The point is chosen at the end, and the batches that the activations came in do not matter.
+    """
+
+    def __init__(self) -> None:
+        self.squares: list[Tensor] = []
+        self.sums: list[Tensor] = []
+        self.ends: list[Tensor] = []
+        self.counts: list[Tensor] = []
+
+    def add(self, x: Float[Tensor, "contexts pos d_model"]) -> None:
+        """Take in contexts."""
+        x = precise(x)
+        self.squares.append(torch.linalg.vecdot(x, x).sum(1).cpu())
+        self.sums.append(x.sum(1).cpu())
+        self.ends.append(x[:, -1].cpu())
+        self.counts.append(torch.full((len(x),), x.shape[1], dtype=torch.float64))
+
+    def result(self, about: About) -> Float[Tensor, "contexts"]:
+        """For each context the sum over its tokens."""
+        square, total, end, count = map(torch.cat, (self.squares, self.sums, self.ends, self.counts))
+        match about:
+            case "mean":
+                point = total.sum(0) / count.sum()
+            case "last":
+                point = end.mean(0)
+            case "zero":
+                point = torch.zeros_like(end[0])
+        return square - 2 * total @ point + count * point.square().sum()
 
 
 class NormalizedMse:
@@ -33,31 +80,44 @@ class NormalizedMse:
 
     def __init__(self) -> None:
         self.errors: list[Tensor] = []
-        self.squares: list[Tensor] = []
-        self.sums: list[Tensor] = []
-        self.counts: list[Tensor] = []
+        self.spread = Spread()
 
     def add(self, x: Float[Tensor, "contexts pos d_model"], x_hat: Float[Tensor, "contexts pos d_model"]) -> None:
         """Take in contexts and their reconstructions, both in the space that errors are measured in."""
-        x, x_hat = x.double(), x_hat.double()
-        self.errors.append((x - x_hat).square().sum((1, 2)))
-        self.squares.append(x.square().sum((1, 2)))
-        self.sums.append(x.sum(1))
-        self.counts.append(x.new_full((len(x),), x.shape[1]))
+        self.errors.append(squared_error(x, x_hat).sum(1).cpu())
+        self.spread.add(x)
 
     def result(self) -> Estimate:
-        """The ratio, and its standard error over contexts by the delta method."""
-        error, square, total, count = map(torch.cat, (self.errors, self.squares, self.sums, self.counts))
-        mean = total.sum(0) / count.sum()
-        spread = square - 2 * total @ mean + count * mean.square().sum()
-        ratio = error.sum() / spread.sum()
-        return Estimate(ratio.item(), _clustered((error - ratio * spread) / spread.sum()))
+        """The ratio, and its standard error over contexts."""
+        return ratio(torch.cat(self.errors), self.spread.result("mean"))
 
 
-def _clustered(influence: Float[Tensor, "contexts"]) -> float:
-    """Standard error of a ratio of sums, from what each context pulls it by."""
-    n = len(influence)
-    return (influence.square().sum() * n / max(1, n - 1)).sqrt().item()
+def squared_error(
+    x: Float[Tensor, "*batch d_model"], x_hat: Float[Tensor, "*batch d_model"]
+) -> Float[Tensor, "*batch"]:
+    """Squared length of the difference, each token's by itself, in float64."""
+    error = precise(x) - precise(x_hat)
+    return torch.linalg.vecdot(error, error)
+
+
+def ratio(parts: Float[Tensor, "contexts *rest"], whole: Float[Tensor, "contexts *rest"]) -> Estimate:
+    """One sum divided by another, from the same contexts; standard error by the delta method, over `blocks`."""
+    parts, whole = (precise(values).reshape(len(values), -1).sum(1) for values in (parts, whole))
+    value = parts.sum() / whole.sum()
+    pull = blocks((parts - value * whole) / whole.sum())
+    return Estimate(value.item(), (pull.square().sum() * len(pull) / max(1, len(pull) - 1)).sqrt().item())
+
+
+def blocks(values: Float[Tensor, "contexts *rest"]) -> Float[Tensor, "blocks *rest"]:
+    """Sums over runs of `BLOCK` neighbouring contexts (fewer where that would leave under 8 blocks)."""
+    size = min(BLOCK, max(1, len(values) // 8))
+    which = torch.arange(len(values), device=values.device) // size
+    return values.new_zeros(-(-len(values) // size), *values.shape[1:]).index_add_(0, which, values)
+
+
+def precise(values: Tensor) -> Float[Tensor, "*shape"]:
+    """In float64, on the CPU where the device has none."""
+    return (values.cpu() if values.device.type == "mps" else values).double()
 
 
 def in_unit_space(
@@ -74,38 +134,70 @@ def mean(values: Float[Tensor, "n *rest"], where: Bool[Tensor, "n *rest"] | None
 
     NaN where there is nothing to average.
     """
-    values = values.double().flatten(1)
-    weight = torch.ones_like(values) if where is None else where.double().flatten(1)
-    total, count = (values.nan_to_num() * weight).sum(1), weight.sum(1)
-    if not count.sum():
+    weight = torch.ones_like(values) if where is None else where.to(values)
+    if not weight.any():
         return Estimate(math.nan, math.nan)
-    value = total.sum() / count.sum()
-    return Estimate(value.item(), _clustered((total - value * count) / count.sum()))
+    return ratio(values.where(weight > 0, 0), weight)
+
+
+class Reconstruction(NamedTuple):
+    """What one pass over activations says about an SAE."""
+
+    error: Float[Tensor, "n pos"]
+    """Squared error of each token, raw units, float64."""
+    active: Float[Tensor, "n pos"]
+    """Latents above 0."""
+    rate: Float[Tensor, "n_latents"]
+    """Share of the tokens on which each latent is above 0."""
+    mse: Estimate
+    """Normalised MSE in the paper's space, centred and scaled to norm 1 by the activation, whatever the SAE reads."""
+
+    @property
+    def dead(self) -> float:
+        """Share of latents that fire on none of the tokens."""
+        return (self.rate == 0).double().mean().item()
 
 
 @torch.no_grad()
-def evaluate(sae: SAE, contexts: Iterable[Float[Tensor, "contexts pos d_model"]]) -> dict[str, float]:
-    """Normalised MSE, L0, and the share of latents that never fire, on raw activations in contexts.
+def reconstruct(sae: SAE, contexts: Iterable[Float[Tensor, "contexts pos d_model"]]) -> Reconstruction:
+    """Encode and decode raw activations, keeping numbers per token and per latent.
 
-    Errors are measured in the paper's space, centred and scaled to norm 1 by the activation, whatever the SAE reads.
+    Raises:
+        UserError: the SAE reads vectors of another width.
     """
-    mse, active, tokens = NormalizedMse(), 0, 0
-    fired = torch.zeros(sae.n_latents, dtype=torch.bool, device=sae.W_enc.device)
-    for x in contexts:
-        codes = sae.encode(x)
-        mse.add(*in_unit_space(x, sae.decode(codes)))
-        on = codes.values > 0
-        active, tokens = active + on.sum().item(), tokens + on[..., 0].numel()
-        fired |= on.flatten(0, 1).any(0) if codes.indices is None else _marked(codes.indices[on], sae.n_latents)
-    value, se = mse.result()
-    dead = 1 - fired.float().mean().item()
-    return {"normalized_mse": value, "se": se, "l0": active / tokens, "dead_fraction": dead, "tokens": tokens}
+    errors, active, fired, mse = [], [], torch.zeros(sae.n_latents, dtype=torch.int64), NormalizedMse()
+    for batch in tqdm(contexts, desc="reconstructing", unit="batch", leave=False):
+        for x in pieces(batch, sae):
+            codes = sae.encode(x)
+            x_hat, on = sae.decode(codes), codes.values > 0
+            mse.add(*in_unit_space(x, x_hat))
+            errors.append(squared_error(x, x_hat).cpu())
+            active.append(on.sum(-1).cpu())
+            if codes.indices is None:
+                fired += on.flatten(0, -2).sum(0).cpu()
+            else:
+                fired += torch.bincount(codes.indices[on].cpu(), minlength=sae.n_latents)
+    error = torch.cat(errors)
+    return Reconstruction(error, torch.cat(active).double(), fired / error.numel(), mse.result())
 
 
-def _marked(indices: Int[Tensor, "n"], size: int) -> Tensor:
-    marks = torch.zeros(size, dtype=torch.bool, device=indices.device)
-    marks[indices] = True
-    return marks
+def pieces(x: Float[Tensor, "n pos d_model"], variant) -> tuple[Float[Tensor, "few pos d_model"], ...]:
+    """Activations in parts, small enough that an SAE's value of every latent fits into memory for all tokens.
+
+    Raises:
+        UserError: the SAE reads vectors of another width.
+    """
+    width = getattr(variant, "d_model", x.shape[-1])
+    if width != x.shape[-1]:
+        raise UserError(f"the SAE reads vectors of {width} entries, not {x.shape[-1]}: take one of this model and hook")
+    return x.split(max(1, LATENTS // (getattr(variant, "n_latents", 1) * x.shape[1])))
+
+
+def evaluate(sae: SAE, contexts: Iterable[Float[Tensor, "contexts pos d_model"]]) -> dict[str, float]:
+    """`reconstruct` in five numbers: normalised MSE with its standard error, L0, share of dead latents, tokens."""
+    found = reconstruct(sae, contexts)
+    sizes = {"l0": found.active.mean().item(), "dead_fraction": found.dead, "tokens": found.error.numel()}
+    return {"normalized_mse": found.mse.value, "se": found.mse.se, **sizes}
 
 
 def activations(profile: Profile, model, tokens: Int[Tensor, "n context"]) -> Iterable[Tensor]:

@@ -138,3 +138,15 @@ def across(gradient: Float[Tensor, "n d_model"], weight: Float[Tensor, "n d_mode
     squares = gradient.new_empty(len(gradient))
     kernels.across(*_arguments(*gradient.shape, gradient, weight, squares))
     return squares
+
+
+def predictions(
+    logits: Float[Tensor, "rows vocab"], p: Float[Tensor, "rows vocab"]
+) -> tuple[Float[Tensor, "rows"], Float[Tensor, "rows"], Float[Tensor, "rows"]] | None:
+    """`splice.statistics`, or None where the kernel does not apply."""
+    kernels = _usable(logits, p)
+    if kernels is None:
+        return None
+    found = tuple(logits.new_empty(len(logits)) for _ in range(3))
+    kernels.predictions(*_arguments(logits, p, *logits.shape, *found))
+    return found

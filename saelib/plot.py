@@ -14,13 +14,17 @@ import pandas as pd
 from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.lines import Line2D
 from matplotlib.patches import FancyArrowPatch, Rectangle
-from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
 from torch import Tensor
 
+from saelib.checkpoints import Equivalent
 from saelib.induction import Head, History
 from saelib.metrics import Estimate
 from saelib.profile import ROOT
+from saelib.reconstruction import Groups, Norms
+from saelib.scoreboard import Reading
 
 OURS, POINTED, SECOND, CONTROL, INK = "#0072B2", "#D55E00", "#009E73", "#9a9a9a", "#2b2b2b"
 SHARE = LinearSegmentedColormap.from_list("share", ["#f4f6f7", "#cfe3f1", "#6aaed6", "#0072B2", "#003a5d"])
@@ -436,6 +440,12 @@ def ladder(ax: Axes, groups: Mapping[str, Mapping[str, float | None]]) -> None:
 
 # --- of every chapter -------------------------------------------------------------------------------------------------
 
+BY_SAE = {
+    "small": OURS, "large": INK, "chapter": POINTED, "chapter-large": "#CC79A7",
+    "small-seed-1": SECOND, "small-step-0": CONTROL,
+}  # fmt: skip
+"""The colour that an autoencoder has in every figure."""
+
 
 def rows(
     ax: Axes, values: Mapping[str, Estimate | None], xlabel: str, references: Mapping[str, float] | None = None,
@@ -451,7 +461,8 @@ def rows(
             continue
         color = (colors or {}).get(name, OURS)
         ax.errorbar(found.value, row, xerr=1.96 * found.se, color=color, marker="o", markersize=6, linewidth=1.2)
-        _note(ax, format(found.value, fmt), (found.value, row), color, xytext=(0, 7), ha="center")
+        blank = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # else a dashed line may strike the number
+        _note(ax, format(found.value, fmt), (found.value, row), color, xytext=(0, 7), ha="center", bbox=blank)
     ax.set_yticks(range(len(values)), values)
     ax.set(xlabel=xlabel, ylim=(len(values) - 0.4, -0.6))
     ax.margins(x=0.12)
@@ -487,13 +498,341 @@ def _not_run(axes: Sequence[Axes]) -> None:
 # --- chapter 02 -------------------------------------------------------------------------------------------------------
 
 
+def position_norms(axes: Sequence[Axes], norms: Norms) -> None:
+    """Lengths by position (median, middle nine tenths), and how alike the directions are; position 0 marked."""
+    low, median, high = (norms.length.quantile(share, dim=0) for share in (0.05, 0.5, 0.95))
+    x = range(len(median))
+    axes[0].fill_between(x, low, high, color=OURS, alpha=0.2, linewidth=0)
+    axes[0].set(yscale="log", ylabel="length of the activation")
+    axes[0].yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), minor_locator=NullLocator(), major_formatter="{x:g}")
+    axes[1].set(ylabel="length of the mean unit vector", ylim=(0, 1.04))
+    for ax, values in zip(axes, (median, norms.alike), strict=True):
+        ax.plot(x, values, color=OURS)
+        ax.plot(0, values[0], "o", color=POINTED)
+        ax.set(xlabel="position in the context (tokens)")
+
+
+def walk(
+    ax: Axes, everywhere: Mapping[str, Estimate] | None, elsewhere: Mapping[str, Estimate] | None, bold: Sequence[str]
+) -> None:  # fmt: skip
+    """One SAE's error by one convention per row, over all positions (dot) and without position 0 (ring)."""
+    if not everywhere:
+        return _not_run([ax])
+    for row, name in enumerate(everywhere):
+        for found, fill in ((everywhere[name], OURS), (elsewhere[name], "white")):
+            ax.errorbar(found.value, row, xerr=1.96 * found.se, color=OURS, marker="o", markersize=7,
+                        markerfacecolor=fill, linewidth=1.2)  # fmt: skip
+        _note(ax, f"{everywhere[name].value:.3f}", (everywhere[name].value, row), xytext=(0, 8), ha="center")
+    ax.set_yticks(range(len(everywhere)), everywhere)
+    for tick, name in zip(ax.get_yticklabels(), everywhere, strict=True):
+        tick.set_fontweight("bold" if name in bold else "normal")
+    ax.set(xlabel="error: all positions (dot), without position 0 (ring)", ylim=(len(everywhere) - 0.5, -0.7))
+    ax.set_xlim(0, 1.1 * max(found.value for found in everywhere.values()))
+    ax.grid(axis="x")
+    ax.grid(False, axis="y")
+
+
+def planted(
+    ax: Axes, times: Sequence[float], series: Mapping[str, Sequence[Estimate]], colors: Mapping[str, str], ours: float
+) -> None:
+    """Errors over the length given to position 0, both logarithmic; `ours` is the length that it has by itself."""
+    ax.set(xscale="log", yscale="log", xlim=(times[0], times[-1] * 7))
+    lines(ax, times, series, colors, "length of the planted vector (1: as long as the others)", "normalised MSE")
+    for first in ax.lines[:1]:
+        first.set_linewidth(4)  # else the next one covers it
+    ax.set_xticks(times)
+    ax.xaxis.set(minor_locator=NullLocator(), major_formatter="{x:g}")
+    ax.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), minor_locator=NullLocator(), major_formatter="{x:g}")
+    ax.set_ylim(None, ax.get_ylim()[1] * 1.8)
+    ax.axvline(ours, **DASHED)
+    _note(ax, "our position 0", (ours, ax.get_ylim()[0]), xytext=(5, 4))
+
+
+def error_by(
+    axes: Sequence[Axes], panels: Mapping[str, Mapping[str, Groups | None]], colors: Mapping[str, str], logarithmic: str
+) -> None:
+    """Mean error by one property of the tokens in each panel, one line per SAE; `logarithmic`: which panel's x is."""
+    for ax, (label, groups) in zip(axes, panels.items(), strict=True):
+        shown = {name: found for name, found in groups.items() if found}
+        for name, found in shown.items():
+            ax.plot(found.at, [point.value for point in found.values], ".", color=colors[name])
+        x = max((found.at for found in shown.values()), key=len, default=[])
+        if x and label == logarithmic:
+            ax.set(xscale="log", xlim=(x[0] * 0.7, x[-1] * (x[-1] / x[0]) ** 0.35))
+            ax.xaxis.set_minor_locator(NullLocator())
+        elif x:
+            ax.set_xticks([tick for tick in MaxNLocator(8).tick_values(x[0], x[-1]) if x[0] <= tick <= 1.02 * x[-1]])
+            ax.set_xlim(x[0] - 0.03 * (x[-1] - x[0]), x[-1] + 0.28 * (x[-1] - x[0]))
+        lines(ax, x, {name: found.values for name, found in shown.items()}, colors, label, "normalised MSE")
+        ax.set_ylim(0, None)
+
+
+def densities(axes: Sequence[Axes], rates: Mapping[str, Float[Tensor, "n_latents"] | None]) -> None:
+    """How often latents fire, a panel per SAE: a histogram of log10 of the share of tokens; at the left the dead."""
+    for ax, (name, rate) in zip(axes, rates.items(), strict=True):
+        ax.set_title(name)
+        color = BY_SAE.get(name, OURS)
+        if rate is None:
+            _not_run([ax])
+            continue
+        never, fires = (rate == 0).double().mean().item(), rate[rate > 0].log10().tolist()
+        edges = [-6 + 0.2 * i for i in range(31)]
+        ax.hist(fires, edges, weights=[100 / len(rate)] * len(fires), color=color, alpha=0.85)
+        ax.bar(-6.6, 100 * never, 0.4, color=color)
+        _note(ax, f"{never:.1%}", (-6.6, 100 * never), color, xytext=(0, 2), ha="center")
+        ax.axvline(math.log10(rate.mean()), **DASHED)
+        ax.set_xticks([-6.6, -5, -4, -3, -2, -1, 0], ["never", *(f"$10^{{{i}}}$" for i in range(-5, 0)), "1"])
+        ax.set(xlabel="share of tokens that a latent fires on", ylabel="latents (%)")
+        ax.margins(y=0.15)
+        ax.label_outer()
+
+
 # --- chapter 03 -------------------------------------------------------------------------------------------------------
+
+
+def damage(ax: Axes, common: Mapping[str, float], owed: Mapping[str, Estimate | None]) -> None:
+    """Per name the share of tokens (ring) and of the damage (dot, 95 % interval); rows as `rows` has them."""
+    for row, (name, share) in enumerate(common.items()):
+        ax.plot(100 * share, row, "o", color=CONTROL, markerfacecolor="white", markersize=7)
+        if found := owed[name]:
+            color = POINTED if found.value - 1.96 * found.se > share else OURS
+            ax.errorbar(
+                100 * found.value, row, xerr=196 * found.se, color=color, marker="o", markersize=5, linewidth=1.2
+            )
+    ax.set_yticks(range(len(common)), common)
+    ax.set(xlabel="share of the whole (%)", ylim=(len(common) - 0.4, -0.6))
+    ax.label_outer()
+    ax.grid(axis="x")
+    ax.grid(False, axis="y")
+
+
+def concentration(ax: Axes, deltas: Mapping[str, Float[Tensor, "n pos"]], colors: Mapping[str, str]) -> None:
+    """Share of the whole delta that the worst tokens owe, over the share of tokens counted, worst first."""
+    if not deltas:
+        return _not_run([ax])
+    ax.set(xscale="log", xlabel="worst tokens (% of all)", ylabel="share of the whole delta (%)")
+    ax.axhline(100, **DASHED)
+    for name, delta in deltas.items():
+        total = delta.double().flatten().sort(descending=True).values.cumsum(0)
+        at = [round(len(total) ** (step / 200)) for step in range(1, 201)]
+        ax.plot([100 * n / len(total) for n in at], [100 * (total[n - 1] / total[-1]).item() for n in at],
+                color=colors[name], label=name)  # fmt: skip
+    ax.xaxis.set(minor_locator=NullLocator(), major_formatter="{x:g}")
+    ax.legend(loc="upper left")
+
+
+def grafts(
+    axes: Sequence[Axes], steps: Sequence[int], series: Mapping[str, Sequence[Estimate]],
+    foreign: Mapping[str, Estimate | None], home: float | None, colors: Mapping[str, str],
+) -> None:  # fmt: skip
+    """Delta of each replacement over the host's training steps (left), and in a model of another seed (right)."""
+    left, right = axes
+    rows(right, foreign, "in another seed's model (nats)", {"at home": home} if home else {}, ".2f", colors)
+    right.set_xlim(0, right.get_xlim()[1])
+    if not any(series.values()):
+        return _not_run([left])
+    first = min(filter(None, steps), default=1)
+    left.set_xscale("symlog", linthresh=first, linscale=0.45)
+    left.set_xlim(-0.3 * first, steps[-1] * 20)
+    ticks = [10**power for power in range(2, 7) if first <= 10**power <= steps[-1]]
+    lines(left, steps, series, colors, "training step of the host", "delta cross-entropy (nats)")
+    left.set_xticks([0, *ticks], [f"{step:,}" for step in (0, *ticks)])
 
 
 # --- chapter 04 -------------------------------------------------------------------------------------------------------
 
 
+def visits(ax: Axes, steps: Sequence[float], found: Equivalent | None) -> None:
+    """Checkpoints that a search loaded, numbered in order: loss less the target; the answer's 95 % as a band."""
+    if found is None:
+        return _not_run([ax])
+    at = {index: 100 * steps[index] / steps[-1] for index in found.visited}
+    line = sorted(at)
+    ax.axhline(0, **DASHED)
+    ax.axvspan(100 * found.low, 100 * min(found.high, 1.0), color=POINTED, alpha=0.2, linewidth=0)
+    ax.plot([at[index] for index in line], [found.visited[index].value for index in line], color=CONTROL, linewidth=0.8)
+    for order, (index, loss) in enumerate(found.visited.items(), start=1):
+        ax.errorbar(at[index], loss.value, 1.96 * loss.se, color=OURS, marker="o", markersize=5, linewidth=1.2)
+        _note(ax, f"{order}", (at[index], loss.value), OURS, xytext=(5, 4))
+    ax.set(xscale="log", xlabel="share of the training (%)", ylabel="loss less the target (nats)")
+    _plain_log(ax)
+
+
+def _plain_log(ax: Axes) -> None:
+    ticks = LogLocator(subs=(1, 2, 3, 4, 5, 7))
+    ax.xaxis.set(major_locator=ticks, minor_locator=NullLocator(), major_formatter="{x:g}")
+
+
+def run_of_losses(
+    axes: Sequence[Axes], steps: Sequence[float], losses: Sequence[Estimate], drops: Sequence[Estimate],
+    targets: Mapping[str, float],
+) -> None:  # fmt: skip
+    """Left: loss over the training, from half a nat above the targets on. Right: fall from checkpoint to checkpoint."""
+    if len(losses) < 2:
+        return _not_run(axes)
+    left, right = axes
+    highest = max(targets.values(), default=math.inf) + 0.5
+    near = [(step / 1e6, loss) for step, loss in zip(steps, losses, strict=True) if step and loss.value < highest]
+    values, errors = ([getattr(loss, name) for _, loss in near] for name in ("value", "se"))
+    left.errorbar([x for x, _ in near], values, [1.96 * se for se in errors], color=CONTROL, marker=".", linewidth=1.2)
+    left.set(xscale="log", xlim=(near[0][0] / 1.15, near[-1][0] * 1.9))
+    for name, value in targets.items():
+        left.plot(left.get_xlim()[:1] + (1.08 * near[-1][0],), [value, value], color=BY_SAE[name], linewidth=0.8)
+    left.set(ylabel="loss on text (nats)", xlabel="million training tokens")
+    _plain_log(left)
+    _end_labels(left, near[-1][0] * 1.05, {name: (value, BY_SAE[name]) for name, value in targets.items()})
+    values, errors = ([getattr(drop, name) for drop in drops] for name in ("value", "se"))
+    right.errorbar(steps[1:], values, [1.96 * se for se in errors], color=OURS, marker="o", markersize=4, linestyle="")
+    right.set_yscale("symlog", linthresh=1e-2, linscale=0.6)
+    right.axhline(0, color=INK, linewidth=1)
+    _token_axes([right], steps, None, None)
+    right.set(ylabel="fall since the one before (nats)", xlabel="training tokens", xlim=(None, 3 * steps[-1]))
+
+
+def shares(
+    ax: Axes, values: Mapping[str, tuple[float, float, float] | None], colors: Mapping[str, str] | None = None
+) -> None:  # fmt: skip
+    """One row per name: a share of the training with its interval; an end that is infinite becomes an arrow."""
+    ends = [min(end, 1.0) for found in values.values() if found for end in found]
+    right = 100 * max(ends, default=1.0) * 1.12
+    for row, (name, found) in enumerate(values.items()):
+        if found is None:
+            ax.text(0.5, row, "not run", color=CONTROL, ha="center", va="center", transform=ax.get_yaxis_transform())
+            continue
+        color = (colors or {}).get(name, OURS)
+        value, low, high = (100 * end for end in found)
+        ax.plot([low, min(high, right)], [row, row], color=color, linewidth=1.2)
+        ax.plot(value, row, "o", color=color, markersize=6)
+        if math.isinf(high):
+            ax.plot(right, row, ">", color=color, markersize=6, clip_on=False)
+        _note(ax, f"{value:.1f}" if value >= 1 else f"{value:.2f}", (value, row), color, xytext=(0, 7), ha="center")
+    ax.set_yticks(range(len(values)), values)
+    ax.set(xlabel="share of the training (%)", ylim=(len(values) - 0.4, -0.6), xlim=(-0.02 * right, right))
+    ax.grid(axis="x")
+    ax.grid(False, axis="y")
+
+
 # --- chapter 05 -------------------------------------------------------------------------------------------------------
 
 
+KINDS = OURS, POINTED, SECOND, CONTROL, INK
+"""Colours of the rows and curves of one figure, in order."""
+
+
+def two_questions(ax: Axes, values: Mapping[str, Sequence[Estimate] | None], gaussian: float) -> None:
+    """Per row: sparsity over the window (dot), its reference for uneven effects (bar), over one token (ring)."""
+    for row, (found, color) in enumerate(zip(values.values(), KINDS, strict=False)):
+        if found is None:
+            ax.text(0.5, row, "not run", color=CONTROL, ha="center", va="center", transform=ax.get_yaxis_transform())
+            continue
+        many, uneven, one = (100 * point.value for point in found)
+        ax.plot([many, one], [row, row], color=color, linewidth=1, alpha=0.5)
+        ax.plot(uneven, row, "|", color=INK, markersize=14, markeredgewidth=1.6)
+        ax.plot(many, row, "o", color=color, markersize=6)
+        ax.plot(one, row, "o", color=color, markersize=7, markerfacecolor="white")
+    ax.axvline(100 * gaussian, **DASHED)
+    _note(ax, "2/π", (100 * gaussian, -0.6), xytext=(0, 2), ha="center", va="bottom")
+    ax.set_yticks(range(len(values)), values)
+    ax.set(xlabel="sparsity (%)", xlim=(0, None), ylim=(len(values) - 0.4, -0.6))
+    ax.grid(axis="x")
+    ax.grid(False, axis="y")
+
+
+def decay(ax: Axes, profiles: Mapping[str, Sequence[Estimate] | None]) -> None:
+    """Mean scale of the effect at each token from the ablated one on, over that at the ablated one."""
+    shown = {name: found for name, found in profiles.items() if found}
+    if not shown:
+        return _not_run([ax])
+    steps = range(len(next(iter(shown.values()))))
+    ax.set(yscale="log", xlim=(0, 1.8 * steps[-1]), xticks=steps[::5])
+    relative = {
+        name: [Estimate(*(number / found[0].value for number in point)) for point in found]
+        for name, found in shown.items()
+    }
+    lines(ax, steps, relative, dict(zip(profiles, KINDS, strict=False)), "tokens after the ablated one", "effect")
+    ax.set_ylim(bottom=0.6 * min(point.value for found in relative.values() for point in found))  # not of the bands
+    ax.yaxis.set(major_locator=LogLocator(subs=(1, 3)), minor_locator=NullLocator(), major_formatter="{x:g}")
+
+
+def sparsity_curves(
+    ax: Axes, x: Sequence[int], series: Mapping[str, Sequence[Estimate] | None], xlabel: str, ylabel: str,
+    mark: float | None = None, reference: Sequence[float] | None = None,
+) -> None:  # fmt: skip
+    """Curves over an index (from 0 on) or a count, on an axis of powers of two; `mark` and `reference` are dashed."""
+    ax.set_xscale("symlog", base=2, linthresh=1, linscale=0.6)
+    ax.set_xlim(x[0] - 0.1, x[-1] * 3.2)
+    highest = [point.value + 1.96 * point.se for found in series.values() for point in found or ()]
+    ax.set_ylim(0, 1.08 * max([*highest, *(reference or ())], default=1))
+    if reference is not None:
+        ax.plot(x, reference, **DASHED)
+    if mark is not None:
+        ax.axvline(mark, **DASHED | {"color": CONTROL})
+    lines(ax, x, series, dict(zip(series, KINDS, strict=False)) | BY_SAE, xlabel, ylabel)
+    ax.xaxis.set(minor_locator=NullLocator(), major_formatter="{x:g}")
+    ax.set_xticks(x, map(str, x))
+
+
 # --- chapter 12 -------------------------------------------------------------------------------------------------------
+
+
+MARKS = {
+    "chapter": {"label": "chapter / home 32k", "marker": "o", "color": POINTED, "markersize": 5},
+    "chapter_large": {"label": "chapter-large / home 128k", "marker": "D", "color": POINTED, "markersize": 6},
+    "small": {"label": "small / openai 32k", "marker": "o", "color": OURS, "markersize": 5},
+    "large": {"label": "large / openai 128k", "marker": "D", "color": INK, "markersize": 6},
+}
+"""Our autoencoders, and those in the journal's table whose part they play: the larger ones as diamonds."""
+
+
+def board(
+    ax: Axes, groups: Mapping[str, Mapping[str, Reading | float | None]], xlabel: str,
+    log: bool = True, band: tuple[str, Sequence[float]] | None = None,
+) -> None:  # fmt: skip
+    """One row per group, one mark per autoencoder with its 95 % interval; `band`: a name and the range it spans."""
+    if band is not None:
+        ax.axvspan(*band[1], color=SECOND, alpha=0.2, linewidth=1)
+        _note(ax, band[0], (band[1][-1], len(groups) - 0.42), SECOND, xytext=(4, 2), va="bottom")
+    for row, found in enumerate(groups.values()):
+        if missing := [mark["label"].split(" / ")[0] for name, mark in MARKS.items() if found.get(name, 0) is None]:
+            text = "not run" if len(missing) == len(MARKS) else f"{', '.join(missing)}: not run"
+            at = ax.get_yaxis_transform()
+            ax.text(1, row + 0.37, text, color=CONTROL, ha="right", va="center", size=7, transform=at)
+        for place, (name, mark) in enumerate(MARKS.items()):
+            at, *ends = found[name] if isinstance(found.get(name), tuple) else (found.get(name),)
+            if at is not None:
+                height = row + 0.13 * (place - 1.5)
+                spanned = [end for end in ends if end is not None and math.isfinite(end)]
+                ax.plot(spanned, [height] * len(spanned), color=mark["color"], linewidth=1.2)
+                ax.plot(at, height, linestyle="", **mark)
+    ax.set_yticks(range(len(groups)), groups)
+    ax.margins(x=0.08)
+    ax.set(xlabel=xlabel, ylim=(len(groups) - 0.4, -0.6), **({"xscale": "log"} if log else {"xlim": (0, None)}))
+    if log:
+        ax.xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), minor_locator=NullLocator(), major_formatter="{x:g}")
+    ax.grid(axis="x")
+    ax.grid(False, axis="y")
+    keys = [Line2D([], [], linestyle="", **mark) for mark in MARKS.values()]
+    ax.legend(handles=keys, ncols=2, loc="lower left", bbox_to_anchor=(0, 1), handletextpad=0.1, columnspacing=1.4)
+
+
+TILES = {
+    "reproduced": SECOND, "explained": OURS, "undecided": "#77608f", "refuted": POINTED, "not run": "#e4e4e4",
+}  # fmt: skip
+
+
+def verdicts(ax: Axes, judged: Mapping[str, Mapping[str, str]]) -> None:
+    """A tile per claim (columns) and profile (rows), in the colour of its verdict and with its first letters."""
+    for row, words in enumerate(judged.values()):
+        for column, word in enumerate(words.values()):
+            ax.add_patch(Rectangle((column - 0.46, row - 0.46), 0.92, 0.92, color=TILES[word], linewidth=0))
+            letters, ink = ("–", CONTROL) if word == "not run" else (word[:3], "white")
+            ax.text(column, row, letters, color=ink, ha="center", va="center", fontsize=7)
+    claims = list(next(iter(judged.values())))
+    ax.set(xlim=(-0.5, len(claims) - 0.5), ylim=(len(judged) - 0.5, -0.5), aspect="equal")
+    ax.set_xticks(range(len(claims)), claims)
+    ax.set_yticks(range(len(judged)), judged)
+    ax.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False)
+    ax.spines[:].set_visible(False)
+    ax.grid(False)
+    keys = [Rectangle((0, 0), 1, 1, color=color) for color in TILES.values()]
+    ax.legend(keys, TILES, ncols=5, loc="upper left", bbox_to_anchor=(0, 0), handlelength=0.9, handleheight=0.9)

@@ -11,6 +11,7 @@ the same characters. Nothing that identifies a person or a machine is written.
 from __future__ import annotations
 
 import datetime
+import functools
 import importlib.metadata
 import json
 import math
@@ -19,6 +20,8 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
+from pathlib import Path
 
 import yaml
 from IPython import get_ipython
@@ -35,16 +38,47 @@ def reported(key: str) -> dict:
     Raises:
         UserError: `book/reported.yml` has no such figure.
     """
-    figures = yaml.safe_load((ROOT / "book" / "reported.yml").read_text(encoding="utf-8"))
+    figures = all_reported()
     if key not in figures:
         raise UserError(f"book/reported.yml has no figure {key!r}: add it there, or choose one of {', '.join(figures)}")
     return figures[key]
 
 
+@functools.cache
+def all_reported() -> dict[str, dict]:
+    """All figures of the journal's and the papers', by key."""
+    return yaml.safe_load((ROOT / "book" / "reported.yml").read_text(encoding="utf-8"))
+
+
 def stored(profile_name: str, chapter: str) -> dict[str, dict]:
     """What a chapter published under another profile (`results/<profile>/<chapter>.json`); {} where it was not run."""
     path = ROOT / "results" / profile_name / f"{chapter}.json"
-    return json.loads(path.read_text(encoding="utf-8"))["values"] if path.exists() else {}
+    return read(path)["values"] if path.exists() else {}
+
+
+def read(path: Path) -> dict[str, dict]:
+    """A results file: `values` by name, and their `provenance`."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def result_file(
+    profile_name: str, chapter: str, fresh: Path | None = None, parameters: dict | None = None
+) -> Path | None:
+    """The newest results of a chapter: in the folder `fresh`, unless what is published is of a later day.
+
+    With `parameters`, the chapter's own, a fresh file counts only if it was made with them.
+    """
+    published = ROOT / "results" / profile_name / f"{chapter}.json"
+
+    def counts(path: Path) -> bool:
+        return (
+            path == published
+            or parameters is None
+            or read(path)["provenance"]["parameters"].items() <= parameters.items()
+        )
+
+    found = [path for path in (fresh and fresh / published.name, published) if path and path.is_file() and counts(path)]
+    return max(found, key=lambda path: read(path)["provenance"]["date"], default=None)
 
 
 class Report:
@@ -78,6 +112,21 @@ class Report:
         self.provenance |= {"device": weight.device.type, "dtype": str(weight.dtype).removeprefix("torch.")}
         if weight.is_cuda:
             self.provenance["hardware"]["gpu"] = torch.cuda.get_device_name(weight.device)
+
+    @property
+    def fresh(self) -> Path | None:
+        """Where the other chapters of this run leave their numbers.
+
+        None below `_build/check`: a re-run that is compared with what is published must read what is published.
+        """
+        return None if (BUILD / "check") in self.path.resolve().parents else self.path.parent
+
+    def stands_on(self, contents: Iterable[dict]) -> None:
+        """Take over weights, device and dtype from chapters' results, all of them where chapters differ."""
+        runs = [content["provenance"] for content in contents]
+        roles = sorted({role for run in runs for role in run["weights"]})
+        self.provenance["weights"] = {role: _all(run["weights"].get(role) for run in runs) for role in roles}
+        self.provenance |= {key: _all(run[key] for run in runs) for key in ("device", "dtype")}
 
     def publish(
         self, name: str, value: Value, fmt: str = ".3f", se: float | None = None, n: int | None = None, unit: str = ""
@@ -115,6 +164,10 @@ def render(value: Value, fmt: str = ".3f", se: float | None = None) -> str:
         return value
     spec = "" if isinstance(value, int) and fmt == ".3f" else fmt
     return format(value, spec) + ("" if se is None else f" ± {format(se, fmt)}")
+
+
+def _all(words: Iterable[str | None]) -> str | None:
+    return ", ".join(sorted(set(filter(None, words)))) or None
 
 
 def _number(name: str, value: object) -> object:

@@ -30,11 +30,13 @@ from papermill.execute import remove_error_markers
 
 from saelib import UserError
 from saelib.profile import BUILD, ROOT, Profile, content_hash, load_profile
-from saelib.report import cores, versions
+from saelib.report import cores, result_file, versions
 
 NOTEBOOKS = ROOT / "notebooks"
-FRAME = {"cli.py", "runner.py", "book.py", "pretrain.py"}
-"""Files of saelib that no chapter imports: they may change without a chapter being run again."""
+FRAME = {"cli.py", "runner.py", "book.py", "pretrain.py", "scoreboard.py"}
+"""Files of saelib that no chapter computes with: they may change without a chapter being run again."""
+SUMMARY = "12_scoreboard"
+"""The chapter that reads what all others have published."""
 
 
 class Chapter(NamedTuple):
@@ -143,6 +145,16 @@ def surroundings(profile: Profile) -> list:
     return [profile.model_dump_json(), versions(), [(path.name, content_hash(path)) for path in sorted(files)]]
 
 
+def _read_by(chapter: Chapter, found: list[Chapter], profile: Profile, results: Path) -> list:
+    """What goes into the summary besides: its code, the rules, and the newest numbers of every other chapter."""
+    if chapter.name != SUMMARY:
+        return []
+    others = [other for other in found if other != chapter]
+    files = {other.name: result_file(profile.name, other.name, results, other.parameters) for other in others}
+    numbers = {name: path and content_hash(path) for name, path in files.items()}
+    return [content_hash(ROOT / "saelib" / "scoreboard.py"), content_hash(ROOT / "book" / "claims.yml"), numbers]
+
+
 class Plan(NamedTuple):
     """One chapter, ready to run, and how its last run ended."""
 
@@ -165,7 +177,8 @@ def plan(
         UserError: a chapter, a profile or a parameter that does not exist, or an impossible output folder.
     """
     profile = load_profile(profile_name)
-    values, chosen = parse_pairs(pairs), select(names, chapters())
+    values, found = parse_pairs(pairs), chapters()
+    chosen = select(names, found)
     out = (out or BUILD / "runs" / profile.name).resolve()
     if out == NOTEBOOKS.resolve():
         raise UserError(f"--out {out.name} holds the chapters themselves: choose another folder")
@@ -175,7 +188,8 @@ def plan(
         check_parameters(chapter, values)
         given = {"profile": profile_name, **values}
         parameters = {key: value for key, value in given.items() if value != chapter.parameters.get(key)}
-        everything = json.dumps([shared, chapter.content, parameters], sort_keys=True)
+        numbers = _read_by(chapter, found, profile, results_of(out))
+        everything = json.dumps([shared, chapter.content, parameters, numbers], sort_keys=True)
         inputs = hashlib.sha256(everything.encode()).hexdigest()[:16]
         plans.append(Plan(chapter, parameters, inputs, *_last_run(out / chapter.path.name, inputs)))
     return plans, out
@@ -224,6 +238,8 @@ def run(
     plans, folder = plan(names, profile_name, pairs, out)
     _make(folder)
     for item in plans:
+        if item.chapter.name == SUMMARY:  # the others may have run since
+            item = plan([SUMMARY], profile_name, pairs, out)[0][0]
         if item.state == "done" and not force:
             print(line(item.chapter, "up to date", item.seconds))
         else:

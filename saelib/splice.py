@@ -15,9 +15,12 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import Cache
 
-from saelib import UserError
+from saelib import UserError, native
 from saelib.activations import MODEL, SUB_BATCH, layer_above
-from saelib.metrics import Estimate, NormalizedMse, in_unit_space
+from saelib.metrics import Estimate, NormalizedMse, in_unit_space, pieces
+
+LOGITS = {"cpu": 2**20, "mps": 2**24, "cuda": 2**27}
+"""Logits that are there together: few enough for the CPU's cache, enough to keep a GPU busy."""
 
 Variant = Callable[[Float[Tensor, "n pos d_model"]], Float[Tensor, "n pos d_model"]]
 """What takes an activation's place: an SAE, the identity, an ablation."""
@@ -52,8 +55,8 @@ def prefix(model, hook: str, tokens: Int[Tensor, "n pos"]) -> Prefix:
     tokens = tokens.to(next(model.parameters()).device)
     calls: list[tuple[tuple, dict]] = []
     first = model.blocks[min(start, len(model.blocks) - 1)]  # it is called even where the run stops before it
-    watch = first.register_forward_pre_hook(lambda _, *call: calls.append(call), with_kwargs=True)
-    with MODEL:
+    with MODEL:  # from before the hook is there: another thread may run the same model
+        watch = first.register_forward_pre_hook(lambda _, *call: calls.append(call), with_kwargs=True)
         try:
             x = model.run_with_cache(tokens, names_filter=hook, stop_at_layer=above)[1].cache_dict[hook]
         finally:
@@ -70,6 +73,12 @@ def prefix(model, hook: str, tokens: Int[Tensor, "n pos"]) -> Prefix:
 @torch.no_grad()
 def suffix(model, below: Prefix, x: Float[Tensor, "n pos d_model"]) -> Float[Tensor, "n pos vocab"]:
     """Logits with `x` in place of the activation at the hook."""
+    with MODEL:
+        return model.unembed(_last_norm(model, below, x))
+
+
+def _last_norm(model, below: Prefix, x: Float[Tensor, "n pos d_model"]) -> Float[Tensor, "n pos d_model"]:
+    """What is unembedded, with `x` in place of the activation at the hook."""
     rest, named = below.arguments
     at_end = below.residual is below.x
     residual = x if at_end else below.residual
@@ -78,7 +87,7 @@ def suffix(model, below: Prefix, x: Float[Tensor, "n pos d_model"]) -> Float[Ten
         for block in model.blocks[below.start :]:
             out = block(residual, *rest, **named)
             residual = out[0] if isinstance(out, tuple) else out
-        return model.unembed(model.ln_final(residual))
+        return model.ln_final(residual)
 
 
 # --- downstream loss --------------------------------------------------------------------------------------------------
@@ -109,22 +118,23 @@ def downstream(
         UserError: see `prefix`; or a variant changes the shape, or gives values that are not finite.
     """
     size = max(1, SUB_BATCH[next(model.parameters()).device.type] // tokens.shape[1])
-    clean: list[Tensor] = []
-    found: dict[str, list[tuple[Tensor, ...]]] = {name: [] for name in variants}
+    found: list[Float[Tensor, "measure run n pos"]] = []
     errors = {name: NormalizedMse() for name in variants}
     for part in tqdm(tokens.split(size), desc=f"splicing at {hook}", unit="batch", leave=False):
         below = prefix(model, hook, part)
-        reference = _Reference(suffix(model, below, below.x), below.tokens)
-        clean.append(reference.ce.cpu())
+        runs = [_last_norm(model, below, below.x)]
         for name, variant in variants.items():
-            x_hat = _checked(name, variant(below.x), below.x)
-            found[name].append(reference.compare(suffix(model, below, x_hat)))
+            x_hat = _replaced(name, variant, below.x)
             errors[name].add(*in_unit_space(below.x, x_hat))
-    together = {name: map(torch.cat, zip(*parts, strict=True)) for name, parts in found.items()}
-    return torch.cat(clean), {name: Downstream(*parts, errors[name].result()) for name, parts in together.items()}
+            runs.append(_last_norm(model, below, x_hat))
+        found.append(_compared(model, torch.stack(runs), below.tokens).cpu())
+    ce, kl, agree = torch.cat(found, dim=2)
+    rows = zip(errors.items(), ce[1:, :, :-1], kl[1:], agree[1:], strict=True)
+    return ce[0, :, :-1], {name: Downstream(*row, error.result()) for (name, error), *row in rows}
 
 
-def _checked(name: str, x_hat: Tensor, x: Tensor) -> Tensor:
+def _replaced(name: str, variant: Variant, x: Float[Tensor, "n pos d_model"]) -> Float[Tensor, "n pos d_model"]:
+    x_hat = torch.cat([variant(part) for part in pieces(x.clone(), variant)])  # the next one gets it as it was
     if x_hat.shape != x.shape:
         raise UserError(f"{name} turns activations of shape {list(x.shape)} into {list(x_hat.shape)}: it does not fit")
     if not x_hat.isfinite().all():
@@ -132,29 +142,47 @@ def _checked(name: str, x_hat: Tensor, x: Tensor) -> Tensor:
     return x_hat
 
 
-class _Reference:
-    """Untouched predictions, kept so that each comparison is three passes over the other logits."""
+def _compared(
+    model, runs: Float[Tensor, "run n pos d_model"], tokens: Int[Tensor, "n pos"]
+) -> Float[Tensor, "measure run n pos"]:
+    """Cross-entropy, KL and agreement of each run, the first of which is the untouched one.
 
-    def __init__(self, logits: Float[Tensor, "n pos vocab"], tokens: Int[Tensor, "n pos"]):
-        self.next, self.top = tokens[:, 1:, None], logits.argmax(-1)
-        lse = logits.logsumexp(-1)
-        self.p = (logits - lse[..., None]).exp_()
-        self.entropy = lse - _dot(self.p, logits)
-        self.ce = self._ce(logits, lse)
-
-    def compare(self, logits: Float[Tensor, "n pos vocab"]) -> tuple[Tensor, Tensor, Tensor]:
-        """Cross-entropy, KL and agreement."""
-        lse = logits.logsumexp(-1)
-        kl = lse - _dot(self.p, logits) - self.entropy
-        return self._ce(logits, lse).cpu(), kl.cpu(), (logits.argmax(-1) == self.top).float().cpu()
-
-    def _ce(self, logits: Tensor, lse: Tensor) -> Tensor:
-        return lse[:, :-1] - logits[:, :-1].gather(-1, self.next)[..., 0]
+    A few tokens at a time, so that logits stay in the cache and are never all there at once. Cross-entropy of a
+    context's last token is of no use: what comes next is not known.
+    """
+    rows = max(64, LOGITS[tokens.device.type] // model.cfg.d_vocab)  # fewer would only wait for the unembedding
+    following = tokens.roll(-1, 1).flatten().split(rows)
+    parts = runs.flatten(1, 2).split(rows, dim=1)
+    found = [_compared_rows(model, *both) for both in zip(parts, following, strict=True)]
+    return torch.cat(found, dim=2).unflatten(2, tokens.shape)
 
 
-def _dot(p: Float[Tensor, "n pos vocab"], logits: Float[Tensor, "n pos vocab"]) -> Float[Tensor, "n pos"]:
-    """Sum over the vocabulary of p times logits, without a product as large as both."""
-    return torch.linalg.vecdot(p, logits)
+def _compared_rows(
+    model, runs: Float[Tensor, "run rows d_model"], following: Int[Tensor, "rows"]
+) -> Float[Tensor, "measure run rows"]:
+    found, p = [], None
+    for residual in runs:
+        with MODEL:
+            logits = model.unembed(residual[None])[0]
+        if p is None:  # the untouched predictions, kept to compare the others with
+            likeliest = logits.max(-1, keepdim=True).indices  # sooner than argmax
+            p = logits.softmax(-1)
+        top, lse, expected = native.predictions(logits, p) or statistics(logits, p)
+        agree = logits.gather(-1, likeliest)[:, 0] == top
+        right = logits.gather(-1, following[:, None])[:, 0] - top
+        found.append(torch.stack([lse - right, lse - expected, agree.to(lse.dtype)]))  # of KL, the entropy is missing
+    measures = torch.stack(found, dim=1)
+    measures[1] -= measures[1, 0].clone()
+    return measures
+
+
+def statistics(
+    logits: Float[Tensor, "rows vocab"], p: Float[Tensor, "rows vocab"]
+) -> tuple[Float[Tensor, "rows"], Float[Tensor, "rows"], Float[Tensor, "rows"]]:
+    """Of every row: its maximum, and of what lies below it log-sum-exp and mean under p; the kernel's reference."""
+    top = logits.amax(-1)
+    below = logits - top[:, None]  # small numbers: else differences would lose digits
+    return top, below.exp().sum(-1).log(), torch.linalg.vecdot(p, below)
 
 
 # --- what may take an activation's place ------------------------------------------------------------------------------
@@ -168,6 +196,17 @@ def zero(x: Float[Tensor, "n pos d_model"]) -> Float[Tensor, "n pos d_model"]:
 def constant(value: Float[Tensor, "d_model"]) -> Variant:
     """The same vector everywhere: mean ablation, if it is the mean."""
     return lambda x: value.to(x).expand_as(x)
+
+
+def only(positions: slice, variant: Variant) -> Variant:
+    """A replacement at some positions; the others keep their activations."""
+
+    def replaced(x: Float[Tensor, "n pos d_model"]) -> Float[Tensor, "n pos d_model"]:
+        x = x.clone()
+        x[:, positions] = variant(x[:, positions])
+        return x
+
+    return replaced
 
 
 def resample(sample: Float[Tensor, "m d_model"], seed: int) -> Variant:

@@ -1,12 +1,15 @@
 """Normalised MSE with its standard error, and the evaluation of an SAE whose answers are known."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saelib.metrics import NormalizedMse, evaluate
+from saelib import UserError, metrics
+from saelib.metrics import NormalizedMse, blocks, evaluate, mean, ratio, reconstruct
 from saelib.sae import SAE
 
 
@@ -66,8 +69,9 @@ def test_single_precision_far_from_zero_loses_nothing():
     assert measured(x, x + 0.5).value == pytest.approx((0.25 * x.numel() / exact).item(), rel=1e-9)
 
 
-def test_the_standard_error_is_that_of_a_bootstrap_over_contexts():
+def test_the_standard_error_is_that_of_a_bootstrap_over_contexts(monkeypatch):
     """Contexts differ in size of error and in spread; treating tokens as independent would give far less."""
+    monkeypatch.setattr(metrics, "BLOCK", 1)
     contexts, pos = 400, 16
     noise = data(contexts, 1, 1, seed=1).exp()
     x = data(contexts, 1, 5) + data(contexts, pos, 5, seed=2) * noise
@@ -80,6 +84,42 @@ def test_the_standard_error_is_that_of_a_bootstrap_over_contexts():
     assert se == pytest.approx(np.std(found, ddof=1), rel=0.1)
     tokens = measured(x.reshape(-1, 1, 5), x_hat.reshape(-1, 1, 5))
     assert tokens.value == pytest.approx(value, rel=1e-12) and tokens.se < 0.7 * se
+
+
+def documents(n, seed):
+    """A value for each of n contexts that lie three to a document, and what its document has to do with it."""
+    shared = data(n // 3 + 2, seed=seed).repeat_interleave(3)
+    return (shared[seed % 3 :][:n] + 0.3 * data(n, seed=seed + 10_000))[:, None] + data(n, 4, seed=seed + 20_000)
+
+
+def test_neighbours_from_one_document_are_no_independent_witnesses(monkeypatch):
+    samples = [documents(200, seed) for seed in range(400)]
+    truth = torch.tensor([sample.mean() for sample in samples]).std().item()
+    assert np.mean([mean(sample).se for sample in samples]) == pytest.approx(truth, rel=0.1)
+    monkeypatch.setattr(metrics, "BLOCK", 1)
+    assert np.mean([mean(sample).se for sample in samples]) < 0.7 * truth
+
+
+@given(st.integers(1, 300))
+def test_blocks_hold_everything_and_are_not_too_few(n):
+    sums = blocks(torch.ones(n, 2))
+    assert sums.sum() == 2 * n and len(sums) >= min(n, 8) and sums.max() <= 8
+
+
+def test_standard_error_of_a_ratio():
+    whole = 2 + data(400, 200, 8)
+    part = 0.3 * whole + data(400, 200, 8, seed=1)
+    found = [ratio(a, b) for a, b in zip(part, whole, strict=True)]
+    spread = np.std([value for value, _ in found])
+    assert np.mean([se for _, se in found]) == pytest.approx(spread, rel=0.1)
+    assert ratio(whole[0] / 4, whole[0]) == pytest.approx((0.25, 0))
+
+
+def test_means_count_what_they_are_told_to_and_nothing_hides():
+    values = torch.tensor([[1.0, math.nan], [3, 5], [math.inf, 7]])
+    where = torch.tensor([[True, False], [True, True], [False, True]])
+    assert mean(values, where).value == 4 and math.isnan(mean(values).value)
+    assert math.isnan(mean(values, where & False).value)
 
 
 def handmade(architecture, normalize="none"):
@@ -115,3 +155,23 @@ def test_evaluation_measures_after_normalisation():
     normalized, _, _ = sae.normalized(x)
     bare = SAE(64, 6, 3, seed=1, normalize="none").eval()
     assert evaluate(bare, [normalized])["normalized_mse"] == pytest.approx(one["normalized_mse"], rel=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ["topk", "relu"])
+def test_one_pass_keeps_every_token_and_every_latent(architecture, monkeypatch):
+    sae = SAE(64, 8, 3, architecture=architecture, seed=1).eval()
+    x = 2 + data(10, 5, 8).float()
+    found = reconstruct(sae, x.split(4))
+    assert found.error.numpy() == pytest.approx((x - sae(x)).double().square().sum(-1).detach().numpy(), rel=1e-3)
+    fires = (sae.encode(x, dense=True).values > 0).double()
+    assert found.rate.numpy() == pytest.approx(fires.mean((0, 1)).numpy(), abs=1e-6)
+    assert torch.equal(found.active, fires.sum(-1)) and found.dead == (fires.sum((0, 1)) == 0).double().mean()
+    monkeypatch.setattr(metrics, "LATENTS", 64 * 5 * 3)  # three contexts at a time
+    for one, other in zip(found[:3], reconstruct(sae, [x])[:3], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+
+
+def test_an_sae_of_another_width_is_refused():
+    with pytest.raises(UserError, match="the SAE reads vectors of 8 entries, not 6: take one of this model") as caught:
+        reconstruct(SAE(16, 8, 3), [data(2, 4, 6).float()])
+    assert "\n" not in str(caught.value)

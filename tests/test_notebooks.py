@@ -72,6 +72,13 @@ def test_it_holds_nothing_of_the_machine_that_ran_it(path):
 
 
 @each
+def test_no_backslash_was_lost(path):
+    """`\\frac` typed into a Python string is a form feed and `rac`."""
+    for cell in cells(path) + cells(path, "markdown"):
+        assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f]", cell.source), cell.source
+
+
+@each
 def test_it_asks_and_answers(path):
     """A title, the comparison, and what is left open."""
     text = "\n".join(cell.source for cell in cells(path, "markdown"))

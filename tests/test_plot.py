@@ -1,5 +1,6 @@
 """Figures: each draws what it is given, says so where there is nothing, and keeps to the style."""
 
+import math
 from itertools import pairwise
 
 import matplotlib.pyplot as plt
@@ -9,7 +10,11 @@ import torch
 from matplotlib.colors import to_hex
 
 from saelib import plot
+from saelib.checkpoints import Equivalent
 from saelib.induction import Head, History, looks
+from saelib.metrics import Estimate
+from saelib.reconstruction import Groups, Norms
+from saelib.scoreboard import Reading
 
 SCORES = torch.tensor([[0.01, 0.02], [0.03, 0.8]])
 HISTORY = History(
@@ -233,3 +238,161 @@ def test_sweeps_that_were_not_run_say_so(ax):
         ax = plt.subplots()[1]
         draw(*((ax, nothing, 16) if draw is plot.frontier else (ax, [1, 2], nothing, 16)))
         assert "not run" in words(ax)
+
+
+# --- chapter 02 -------------------------------------------------------------------------------------------------------
+
+
+def test_position_norms_mark_position_0():
+    axes = plt.subplots(1, 2)[1]
+    plot.position_norms(axes, Norms(torch.tensor([[30.0, 1, 2], [50, 3, 4]]), torch.tensor([1.0, 0.5, 0.4])))
+    for ax, first in zip(axes, (40, 1), strict=True):
+        assert ax.lines[1].get_ydata()[0] == pytest.approx(first) and ax.lines[1].get_color() == plot.POINTED
+
+
+def test_walk_has_a_dot_and_a_ring_per_row(ax):
+    plot.walk(ax, {"a": Estimate(0.2, 0.01), "b": Estimate(0.1, 0.01)}, dict.fromkeys("ab", Estimate(0.3, 0.0)), ["b"])
+    assert [bar.lines[0].get_xdata()[0] for bar in ax.containers] == [0.2, 0.3, 0.1, 0.3]
+    assert [tick.get_fontweight() for tick in ax.get_yticklabels()] == ["normal", "bold"]
+
+
+def test_planted_shows_where_we_are(ax):
+    falling = [Estimate(0.1, 0.001), Estimate(0.01, 0.001)]
+    plot.planted(ax, [1, 30], {"journal": falling}, {"journal": plot.POINTED}, ours=5.0)
+    assert ax.get_xscale() == ax.get_yscale() == "log" and "our position 0" in words(ax) and "journal" in words(ax)
+    assert ax.lines[-1].get_xdata()[0] == 5
+
+
+def test_error_by_takes_a_logarithm_where_told():
+    axes = plt.subplots(1, 2)[1]
+    groups = Groups([1.0, 100.0], [Estimate(0.2, 0.01), Estimate(0.1, 0.01)])
+    plot.error_by(axes, {"often": {"small": groups}, "place": {"small": groups}}, {"small": plot.OURS}, "often")
+    assert [ax.get_xscale() for ax in axes] == ["log", "linear"]
+    assert all(list(ax.lines[0].get_ydata()) == [0.2, 0.1] and ax.get_ylim()[0] == 0 for ax in axes)
+
+
+def test_densities_set_the_dead_apart():
+    axes = plt.subplots(1, 2)[1]
+    plot.densities(axes, {"small": torch.tensor([0.0, 0.1, 0.1, 0.001]), "large": None})
+    assert "25.0%" in words(axes[0]) and "not run" in words(axes[1])
+    assert sum(bar.get_height() for bar in axes[0].patches) == pytest.approx(100), "in per cent of all latents"
+
+
+def test_without_an_sae_chapter_02_says_so(ax):
+    plot.walk(ax, None, None, [])
+    assert "not run" in words(ax)
+    for draw in (lambda ax: plot.planted(ax, [1, 3], {"journal": None}, {}, 5.0),
+                 lambda ax: plot.error_by([ax], {"place": {}}, {}, "often")):  # fmt: skip
+        draw(other := plt.subplots()[1])
+        assert "not run" in words(other)
+
+
+# --- chapter 03 -------------------------------------------------------------------------------------------------------
+
+
+def test_damage_points_at_those_that_owe_more_than_their_share(ax):
+    plot.damage(ax, {"a": 0.2, "b": 0.5, "c": 0.3}, {"a": Estimate(0.5, 0.05), "b": Estimate(0.5, 0.05), "c": None})
+    dots = [line for line in ax.lines if line.get_markersize() == 5]
+    assert [line.get_color() for line in dots] == [plot.POINTED, plot.OURS]
+    assert [line.get_xdata()[0] for line in ax.lines if line.get_markersize() == 7] == pytest.approx([20, 50, 30])
+
+
+def test_concentration_ends_at_the_whole_and_counts_the_worst_first(ax):
+    plot.concentration(ax, {"small": torch.tensor([[-1.0, 3.0], [1.0, 1.0]])}, {"small": plot.OURS})
+    line = ax.lines[-1]
+    assert line.get_xdata()[-1] == 100 and line.get_ydata()[-1] == pytest.approx(100)
+    assert dict(zip(line.get_xdata(), line.get_ydata(), strict=True))[25] == pytest.approx(75)
+    plot.concentration(nothing := plt.subplots()[1], {}, {})
+    assert "not run" in words(nothing)
+
+
+def test_grafts_show_hosts_and_the_other_seed_or_say_that_there_are_none():
+    axes = plt.subplots(1, 2)[1]
+    series = {"small": [Estimate(0.1, 0.01)] * 3, "mean": [Estimate(2.0, 0.1)] * 3}
+    colors = dict.fromkeys(series, plot.OURS)
+    plot.grafts(axes, [0, 100, 9000], series, {"small": Estimate(4.0, 0.1), "mean": None}, 0.1, colors)
+    assert "mean" in words(axes[0]) and "4.00" in words(axes[1]) and "not run" in words(axes[1])
+    assert "at home" in words(axes[1])
+    axes = plt.subplots(1, 2)[1]
+    plot.grafts(axes, [], {"small": []}, {"small": None}, None, colors)
+    assert "not run" in words(axes[0]) and "not run" in words(axes[1])
+
+
+# --- chapter 04 -------------------------------------------------------------------------------------------------------
+
+FOUND = Equivalent(0.4, 0.3, math.inf, "", {1: Estimate(0.5, 0.01), 2: Estimate(-0.1, 0.01)}, -9.0)
+
+
+def test_visits_are_numbered_in_their_order(ax):
+    plot.visits(ax, [0, 100, 400, 1000], FOUND)
+    assert [text.get_text() for text in ax.texts] == ["1", "2"] and "nats" in words(ax)
+    assert ax.patches[0].get_x() == pytest.approx(30), "the band ends with the training"
+    assert ax.patches[0].get_x() + ax.patches[0].get_width() == pytest.approx(100)
+    empty = plt.subplots()[1]
+    plot.visits(empty, None, None)
+    assert "not run" in words(empty)
+
+
+def test_run_of_losses():
+    axes, points = plt.subplots(1, 2)[1], [Estimate(x, 0.01) for x in (8.0, 4.0, 3.0)]
+    plot.run_of_losses(axes, [0, 1000, 100_000], points, points[1:], {"small": 3.2})
+    assert "small" in words(axes[0]) and "nats" in words(axes[0]) and "training tokens" in words(axes[1])
+    assert len(axes[0].lines[0].get_xdata()) == 1, "only what is near the target"
+    axes = plt.subplots(1, 2)[1]
+    plot.run_of_losses(axes, [], [], [], {})
+    assert "not run" in words(axes[0])
+
+
+def test_shares_end_in_an_arrow_where_they_are_open(ax):
+    plot.shares(ax, {"small": (0.4, 0.3, 0.45), "twin": (0.9, 0.8, math.inf), "large": None})
+    assert {"small", "twin", "large", "40.0", "90.0"} <= set(words(ax).split()) and "not run" in words(ax)
+    assert [line.get_marker() for line in ax.lines].count(">") == 1
+
+
+# --- chapter 12 -------------------------------------------------------------------------------------------------------
+
+
+def test_board_shows_each_autoencoder_once_and_open_or_missing_ends_not_at_all(ax):
+    ours = {"chapter": Reading(3.0, 2.0, 4.0), "small": Reading(2.0, 1.5, math.inf), "chapter_large": None}
+    groups = {"ours": ours, "theirs": {"chapter": 9.0, "large": 1.0}, "nobody's": dict.fromkeys(plot.MARKS)}
+    plot.board(ax, groups, "error", log=False, band=("paper", [5, 6]))
+    said = [text.get_text() for text in ax.texts]
+    assert sorted(said) == ["chapter-large: not run", "not run", "paper"], "what an entry does not have is not missing"
+    marks = [line.get_xdata()[0] for line in ax.lines if line.get_linestyle() == "None"]
+    assert sorted(marks) == [1.0, 2.0, 3.0, 9.0]
+    assert [2.0, 4.0] in [list(line.get_xdata()) for line in ax.lines]
+    assert len({line.get_ydata()[0] for line in ax.lines if line.get_linestyle() == "None"}) == 4, "none hides another"
+
+
+def test_verdicts_have_their_colours(ax):
+    plot.verdicts(ax, {"ours": {"J1": "refuted", "J2": "not run"}, "theirs": {"J1": "explained", "J2": "reproduced"}})
+    tiles = [to_hex(tile.get_facecolor()).lower() for tile in ax.patches]
+    assert tiles == [plot.TILES[word].lower() for word in ("refuted", "not run", "explained", "reproduced")]
+    assert {"J1", "J2", "ours", "theirs", "ref", "exp", "rep", "–"} <= set(words(ax).split())
+
+
+def estimates(*values):
+    return [Estimate(value, 0.01) for value in values]
+
+
+def test_two_questions_have_a_dot_a_bar_and_a_ring(ax):
+    plot.two_questions(ax, {"latents": estimates(0.1, 0.2, 0.6), "channels": None}, gaussian=0.64)
+    drawn = [(line.get_marker(), line.get_xdata()[0]) for line in ax.lines if line.get_marker() != "None"]
+    assert drawn == [("|", 20), ("o", 10), ("o", 60)] and ax.lines[3].get_markerfacecolor() == "white"
+    assert "not run" in words(ax) and "2/π" in words(ax)
+
+
+def test_decay_is_relative_to_the_ablated_token(ax):
+    plot.decay(ax, {"latents": estimates(2.0, 0.5), "channels": None, "random": estimates(4.0, 1.0)})
+    assert [list(line.get_ydata()) for line in ax.lines] == [[1, 0.25], [1, 0.25]]
+    assert [line.get_color() for line in ax.lines] == [plot.KINDS[0], plot.KINDS[2]], "colours do not move up"
+    plot.decay(nothing := plt.subplots()[1], {"latents": None})
+    assert "not run" in words(nothing)
+
+
+def test_sparsity_curves_begin_at_zero(ax):
+    series = {"latents": estimates(0.3, 0.2, 0.1), "channels": None}
+    plot.sparsity_curves(ax, [0, 1, 32], series, "index", "sparsity", mark=16, reference=[0.6, 0.6, 0.6])
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["0", "1", "32"]
+    assert ax.get_ylim()[0] == 0 and ax.get_ylim()[1] == pytest.approx(0.648)
+    assert len(ax.lines) == 3 and "latents" in words(ax) and "channels" not in words(ax)

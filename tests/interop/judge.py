@@ -13,6 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 N_LATENTS, D_MODEL, K = 96, 32, 8
+ROOT = Path(__file__).resolve().parents[2]
+EVALUATED = (
+    "ce_loss_without_sae", "ce_loss_with_sae", "ce_loss_with_ablation", "kl_div_with_sae", "kl_div_with_ablation",
+    "mse", "explained_variance", "explained_variance_legacy",
+)  # fmt: skip
+"""What an evaluation writes, in this order."""
 
 
 def randomized(sae):
@@ -51,6 +57,23 @@ def sae_lens_training_writes(folder):
     config = TopKTrainingSAEConfig(d_in=D_MODEL, d_sae=N_LATENTS, k=K, normalize_activations="layer_norm")
     randomized(TopKTrainingSAE(config)).save_inference_model(folder)
     return sae_lens_loads(folder)
+
+
+def sae_lens_evaluates(folder, exclude_special_tokens=False):
+    """Its `run_evals`, set up as in the benchmark, on our model and SAE; the inputs are tokens [n, context]."""
+    sys.path.append(str(ROOT / "benchmarks"))
+    from worker_sae_lens_evaluation import evaluator
+
+    def numbers(tokens):
+        found = evaluator(ROOT / "models" / "docstring-gpt", folder, tokens, 8, "hooked", exclude_special_tokens)()
+        return torch.tensor([found[name] for name in EVALUATED], dtype=torch.float64)
+
+    return numbers
+
+
+def sae_lens_evaluates_text(folder):
+    """The same, with what `run_evals` does unless told otherwise: special tokens are left alone and not counted."""
+    return sae_lens_evaluates(folder, exclude_special_tokens=True)
 
 
 def eai_sparsify_loads(folder):
