@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy import stats
 
-from saelib import UserError, report, study
+from saelib import UserError, report, study, train
 from saelib.metrics import evaluate
 from saelib.profile import Recipe, load_profile
 from saelib.sae import SAE
@@ -172,7 +172,8 @@ def test_matched_l0_is_read_from_a_line_in_logarithms():
     assert study.matched(runs.iloc[2:], 20) is None
 
 
-def test_only_what_is_there_is_at_hand(tmp_path):
+def test_only_what_is_there_is_at_hand(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "BUILD", tmp_path)
     profile = load_profile("docstring-gpt")
     absent = profile.saes["small"].model_copy(update={"path": tmp_path / "absent"})
     profile = profile.model_copy(update={"saes": {"small": absent}})
