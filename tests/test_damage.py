@@ -9,20 +9,9 @@ import torch
 from saelib import damage, splice
 from saelib.metrics import mean
 from saelib.models import checkpoints, load_model
-from saelib.profile import load_profile
 from saelib.text import contexts
 
 HOOK = "blocks.2.hook_resid_post"
-
-
-@pytest.fixture(scope="module")
-def profile():
-    return load_profile("docstring-gpt")
-
-
-@pytest.fixture(scope="module")
-def model(profile):
-    return load_model(profile)
 
 
 def read(model, text):

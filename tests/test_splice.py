@@ -9,8 +9,6 @@ import torch
 
 from saelib import UserError, metrics, native, splice
 from saelib.activations import harvest
-from saelib.models import load_model
-from saelib.profile import load_profile
 from saelib.sae import SAE
 from saelib.text import contexts
 
@@ -18,16 +16,6 @@ CONTEXT = 24
 HOOKS = [f"blocks.{layer}.hook_resid_post" for layer in range(4)]
 HOOKS += ["blocks.0.hook_resid_pre", "blocks.2.hook_resid_pre", "blocks.1.hook_resid_mid"]
 HOOKS += ["blocks.0.hook_mlp_out", "blocks.3.hook_mlp_out", "blocks.2.hook_attn_out"]
-
-
-@pytest.fixture(scope="module")
-def profile():
-    return load_profile("docstring-gpt")
-
-
-@pytest.fixture(scope="module")
-def model(profile):
-    return load_model(profile)
 
 
 @pytest.fixture(scope="module")
