@@ -72,8 +72,41 @@ static int topk_row(const float *x, long n, long k, long lanes, float *maxima, e
     return 1;
 }
 
-/* For every row of x[rows][n]. Returns 0, or 1 where a value is not a number, or 2 where memory is short. */
-int topk(const float *x, long rows, long n, long k, float *values, int64_t *indices) {
+/* z[j] = x[columns[j]] where that is positive and among the k largest of these, otherwise 0. Positive floats are ordered
+ * as their bits are, so halving the range of bits finds the k-th exactly; of equal values the first ones stay. */
+static void largest_row(const float *x, const int64_t *columns, long m, long k, float *z) {
+    const int32_t *restrict from = (const int32_t *)x;
+    int32_t *restrict bits = (int32_t *)z, low = 1, high = 0;
+    int count = 0;
+    for (long j = 0; j < m; j++) {
+        int32_t found = from[columns[j]];
+        bits[j] = found < 0 ? 0 : found;
+        high = bits[j] > high ? bits[j] : high;
+        count += bits[j] > 0;
+    }
+    if (count <= k) return;
+    int32_t middle = high > 3 << 23 ? high - (3 << 23) : 1; /* an eighth of the largest: most often it lies above */
+    while (low < high && count != k) { /* at least k reach `low`, fewer than k exceed `high` */
+        int reach = 0;
+        for (long j = 0; j < m; j++) reach += bits[j] >= middle;
+        if (reach >= k) {
+            low = middle;
+            count = reach;
+        } else high = middle - 1;
+        middle = high - (high - low) / 2;
+    }
+    for (long j = 0; j < m; j++) bits[j] = bits[j] < low ? 0 : bits[j];
+    for (long j = m; count > k && j-- > 0;)
+        if (bits[j] == low) {
+            bits[j] = 0;
+            count--;
+        }
+}
+
+/* For every row of x[rows][n], and of m of its columns as `largest_row` has it, while the row is in cache. Returns 0, or 1
+ * where a value is not a number, or 2 where memory is short. */
+int topk(const float *x, long rows, long n, long k, float *values, int64_t *indices, const int64_t *columns, long m,
+         long most, float *z) {
     long lanes = (long)sqrt((double)n * k) / 16 * 16;
     if (lanes < 2 * k) lanes = n;
     int bad = 0;
@@ -84,42 +117,14 @@ int topk(const float *x, long rows, long n, long k, float *values, int64_t *indi
         if (!maxima || !candidate) bad = 2;
 #pragma omp for schedule(static)
         for (long r = 0; r < rows; r++)
-            if (!bad) bad = !topk_row(x + r * n, n, k, lanes, maxima, candidate, values + r * k, indices + r * k);
+            if (!bad) {
+                bad = !topk_row(x + r * n, n, k, lanes, maxima, candidate, values + r * k, indices + r * k);
+                if (m) largest_row(x + r * n, columns, m, most, z + r * m);
+            }
         free(maxima);
         free(candidate);
     }
     return bad;
-}
-
-/* z[r][j] = x[r][columns[j]] where that is positive and among the k largest of its row, otherwise 0. Positive floats are
- * ordered as their bits are, so halving the range of bits finds the k-th exactly; of equal values the first ones stay. */
-void largest(const float *x, long rows, long n, const int64_t *columns, long m, long k, float *z) {
-#pragma omp parallel for schedule(static)
-    for (long r = 0; r < rows; r++) {
-        int32_t *bits = (int32_t *)(z + r * m), low = 1, high = 0; /* z is written as bits only: no aliases */
-        long count = 0;
-        for (long j = 0; j < m; j++) bits[j] = (union { float value; int32_t bits; }){fmaxf(x[r * n + columns[j]], 0)}.bits;
-        for (long j = 0; j < m; j++) {
-            high = bits[j] > high ? bits[j] : high;
-            count += bits[j] > 0;
-        }
-        if (count <= k) continue;
-        while (low < high && count != k) { /* at least k reach `low`, fewer than k exceed `high` */
-            int32_t middle = high - (high - low) / 2;
-            int reach = 0;
-            for (long j = 0; j < m; j++) reach += bits[j] >= middle;
-            if (reach >= k) {
-                low = middle;
-                count = reach;
-            } else high = middle - 1;
-        }
-        for (long j = 0; j < m; j++) bits[j] = bits[j] < low ? 0 : bits[j];
-        for (long j = m; count > k && j-- > 0;)
-            if (bits[j] == low) {
-                bits[j] = 0;
-                count--;
-            }
-    }
 }
 
 /* Gradients of one row of both matrices for every latent, from the pairs (token, latent) sorted by latent:

@@ -91,23 +91,18 @@ def _arguments(*values: Tensor | int | float) -> list:
     return [ctypes.c_void_p(v.data_ptr()) if isinstance(v, Tensor) else kinds[type(v)](v) for v in values]
 
 
-def topk(x: Float[Tensor, "rows n"], k: int) -> tuple[Float[Tensor, "rows k"], Int[Tensor, "rows k"]] | None:
-    """`torch.topk`, or None where the kernel does not apply: wide selections, and values that are not numbers."""
-    kernels = _usable(x) if 1 <= k <= x.shape[1] // 4 else None
+def topk(
+    x: Float[Tensor, "rows n"], k: int, columns: Int[Tensor, "m"] | None = None, most: int = 0
+) -> tuple[Float[Tensor, "rows k"], Int[Tensor, "rows k"], Float[Tensor, "rows m"]] | None:
+    """`ops.topk_and_largest`, or None where the kernel does not apply: wide selections, and what is not a number."""
+    columns = torch.empty(0, dtype=torch.int64) if columns is None else columns
+    kernels = _usable(x, places=(columns,)) if 1 <= k <= x.shape[1] // 4 else None
     if kernels is None:
         return None
     values, indices = x.new_empty(len(x), k), torch.empty(len(x), k, dtype=torch.int64)
-    return (values, indices) if kernels.topk(*_arguments(x, *x.shape, k, values, indices)) == 0 else None
-
-
-def largest(x: Float[Tensor, "rows n"], columns: Int[Tensor, "m"], k: int) -> Float[Tensor, "rows m"] | None:
-    """`ops.largest`, or None where the kernel does not apply."""
-    kernels = _usable(x, places=(columns,))
-    if kernels is None:
-        return None
     z = x.new_empty(len(x), len(columns))
-    kernels.largest(*_arguments(x, *x.shape, columns, len(columns), k, z))
-    return z
+    bad = kernels.topk(*_arguments(x, *x.shape, k, values, indices, columns, len(columns), most, z))
+    return None if bad else (values, indices, z)
 
 
 def gradients(starts, order, z, g, x, W_dec, to_dec, to_enc, to_latent) -> bool:

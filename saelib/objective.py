@@ -166,7 +166,10 @@ class Sparse:
         centred = torch.sub(normalized, sae.pre_bias, out=None if normalized is x else normalized)
         pre = self._pre_activations(centred)
         wide = min(4 * recipe.k, sae.n_latents * world.shards) if recipe.multi_topk else recipe.k
-        values, indices = ops.topk(pre, min(wide, sae.n_latents))
+        dead = dead if recipe.k_aux else torch.zeros_like(dead)
+        number = int(world.over_latents(dead.sum()))  # of all shards: each takes part where any has a dead latent
+        buried = dead.nonzero()[:, 0]
+        values, indices, z_aux = ops.topk_and_largest(pre, min(wide, sae.n_latents), buried, min(recipe.k_aux, number))
         z = world.keep(values, recipe.k).relu()
         error, mse = self._error(z, indices, centred, weight)  # x - x_hat
         mse = mse * per_token
@@ -180,9 +183,8 @@ class Sparse:
             active = torch.stack([z, z_wide])
         self.d_latent = ops.gradients(indices, active, g, centred, sae.W_dec, sae.W_dec.grad, sae.W_enc.grad)
         aux = x.new_zeros(())
-        number = world.over_latents(dead.sum())  # of all shards: each takes part where any has a dead latent
-        if recipe.k_aux and number:
-            aux = self._auxiliary(pre, centred, error, dead.nonzero()[:, 0], int(number), weight)
+        if number:
+            aux = self._auxiliary(z_aux, centred, error, buried, min(recipe.k_aux, number), weight)
             loss = loss + recipe.aux_coefficient * aux
         self._biases(g.sum((0, 1)))
         fired = torch.zeros(sae.n_latents, dtype=torch.int32, device=x.device)
@@ -206,17 +208,15 @@ class Sparse:
 
     def _auxiliary(
         self,
-        pre: Float[Tensor, "batch n_latents"],
+        z: Float[Tensor, "batch dead"],
         centred: Float[Tensor, "batch d_model"],
         error: Float[Tensor, "batch d_model"],
         dead: Int[Tensor, "dead"],
-        number: int,
+        k: int,
         weight: Tensor | None,
     ) -> Tensor:
         """AuxK: adds its gradients. Dead latents are few and many of them act, so its products are dense."""
         sae, world = self.sae, self.world
-        k = min(self.recipe.k_aux, number)
-        z = ops.largest(pre, dead, k)
         if world.shards > 1:  # every shard offers k of its own; zeros do no harm
             values, indices = z.topk(min(k, len(dead)))
             kept = world.keep(torch.nn.functional.pad(values, (0, k - values.shape[1])), k)
@@ -227,7 +227,8 @@ class Sparse:
         squares = torch.linalg.vecdot(difference, difference)
         aux = world.over_tokens((squares if weight is None else squares * weight[:, 0]).sum()) * per_spread
         g = _times(difference, weight, 2 * self.recipe.aux_coefficient * per_spread)
-        d_z = g @ W_dec.T
+        spent = self.pre.view(-1)[: z.numel()].view_as(z)  # pre-activations are not needed any more, their memory is
+        d_z = torch.mm(g, W_dec.T, out=spent)
         torch.ops.aten.threshold_backward.grad_input(d_z, z, 0, grad_input=d_z)  # in one pass: 0 where z is
         sae.W_dec.grad.index_add_(0, dead, (g.T @ z).T)  # this way round the product is faster
         sae.W_enc.grad.index_add_(0, dead, (centred.T @ d_z).T)

@@ -30,7 +30,7 @@ def topk(x: Float[Tensor, "*batch n"], k: int) -> tuple[Float[Tensor, "*batch k"
     be chosen, as with `torch.topk`.
     """
     rows = x.reshape(-1, x.shape[-1])
-    values, indices = rows.topk(k) if x.is_cuda else native.topk(rows, k) or _staged(rows, k)
+    values, indices, *_ = rows.topk(k) if x.is_cuda else native.topk(rows, k) or _staged(rows, k)
     return values.view(*x.shape[:-1], k), indices.view(*x.shape[:-1], k)
 
 
@@ -51,14 +51,19 @@ def _staged(x: Float[Tensor, "rows n"], k: int, sort: bool = True) -> tuple[Tens
     return x.topk(k, sorted=sort)
 
 
-def largest(x: Float[Tensor, "rows n"], columns: Int[Tensor, "m"], k: int) -> Float[Tensor, "rows m"]:
-    """Some columns of x, with all but the k largest positive values of each row set to 0."""
-    z = native.largest(x, columns, k)
-    if z is not None:
-        return z
-    z = x.index_select(1, columns).relu_()
-    values, indices = z.topk(min(k, len(columns)))
-    return torch.zeros_like(z).scatter_(1, indices, values)
+def topk_and_largest(
+    x: Float[Tensor, "rows n"], k: int, columns: Int[Tensor, "m"], most: int
+) -> tuple[Float[Tensor, "rows k"], Int[Tensor, "rows k"], Float[Tensor, "rows m"]]:
+    """`topk`, and some columns of x with all but the `most` largest positive values of each row set to 0.
+
+    Compiled, both look at a row while it is in cache.
+    """
+    found = native.topk(x, k, columns, most)
+    if found is not None:
+        return found
+    some = x.index_select(1, columns).relu_()
+    values, indices = some.topk(min(most, len(columns)))
+    return *topk(x, k), torch.zeros_like(some).scatter_(1, indices, values)
 
 
 def decode(
