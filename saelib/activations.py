@@ -31,8 +31,7 @@ from saelib.profile import BUILD, ROOT, Docstrings, Profile, text_fingerprint, w
 from saelib.text import token_batches
 
 MODEL = threading.RLock()
-"""Held while tokens run through a model. Hooks belong to the model, not to a thread: whoever runs the same model while
-batches are drawn (an evaluation between training steps) holds this lock, too, and draws no batch under it."""
+"""Held by whoever runs a model: its hooks belong to it, not to a thread. Draw no batch while you hold it."""
 
 SUB_BATCH = {"cpu": 2048, "mps": 2048, "cuda": 16384}
 """Tokens that run through the model together: few enough for the CPU's cache, enough to keep a GPU busy."""
@@ -67,21 +66,15 @@ def _pieces(model, tokens: Tensor, hook: str, positions: tuple[int, int | None])
             found = model.run_with_cache(part, names_filter=hook, stop_at_layer=stop)[1].cache_dict.get(hook)
         if found is None or found.dim() != 3 or found.shape[:2] != part.shape:
             shape = "nothing" if found is None else f"shape {list(found.shape)}"
-            raise UserError(
-                f"hook {hook!r} gives {shape} for {len(part)} contexts of {context} tokens, not a vector for each: "
-                "name another, such as blocks.0.hook_resid_post"
-            )
+            given = f"gives {shape} for {len(part)} contexts of {context} tokens, not a vector for each"
+            raise UserError(f"hook {hook!r} {given}: name another, such as blocks.0.hook_resid_post")
         if not found.isfinite().all():
             raise UserError(f"activations at {hook} are not finite: check the model, or name another hook")
         yield found[:, slice(*positions)].flatten(0, 1).float()
 
 
 def layer_above(model: TransformerBridge, hook: str) -> int | None:
-    """The first layer that need not run for this hook; None where it is in no layer.
-
-    Raises:
-        UserError: the model has no such hook.
-    """
+    """The first layer that need not run for this hook, None where it is in no layer. Raises UserError: no such hook."""
     parts = hook.split(".")
     layer = int(parts[1]) if parts[0] == "blocks" and parts[1:] and parts[1].isdecimal() else None
     if hook in model.hook_dict:
@@ -98,18 +91,14 @@ def layer_above(model: TransformerBridge, hook: str) -> int | None:
 class Streamed:
     """Activations straight from the model, harvested again in every epoch, never on disk.
 
-    Batch number i is a function of (seed, i), bit for bit on a CPU. Epochs read the documents in orders of their own.
-    The next block is harvested in a background thread while the current one is used, so see `MODEL`.
+    Batch number i is a function of (seed, i), bit for bit on a CPU. The next block is harvested in a background thread
+    while the current one is used, so see `MODEL`.
     """
 
     dtype = torch.float32
 
     def __init__(self, profile: Profile, model: TransformerBridge, split: str = "train"):
-        """Try hook and positions on one context.
-
-        Raises:
-            UserError: they do not fit the model.
-        """
+        """Try hook and positions on one context. Raises UserError: they do not fit the model."""
         self.profile, self.model, self.split = profile, model, split
         self.hook, self.block = profile.hook, profile.activations.block
         self.device = next(model.parameters()).device
@@ -131,17 +120,11 @@ class Streamed:
 
     @property
     def memory(self) -> int:
-        """Most bytes of activations and tokens held at a time: two float32 blocks (cached: four float16 ones).
-
-        On top come the text itself, one `SUB_BATCH` inside the model, and the batch that is being put together.
-        """
+        """Most bytes of activations and tokens held at a time: two float32 blocks (cached: four float16 ones)."""
         return 2 * self.block * (self.per_context * self.d_model * 4 + self.profile.context_length * 16)
 
     def batches(self, batch: int, seed: int, start: int = 0) -> Iterator[Float[Tensor, "batch d_model"]]:
-        """Full batches for ever, on the model's device, float32; number `start` first.
-
-        Going to `start` costs reading the text, never running the model. Close the iterator to end its thread.
-        """
+        """Full batches for ever, on the model's device, float32; number `start` first. Close it to end its thread."""
         blocks = _ahead(lambda stop: self._blocks(seed, start * batch, stop), self.device)
         with contextlib.closing(blocks):
             yield from _cut(blocks, batch)
@@ -165,11 +148,7 @@ class Streamed:
                 skip = max(0, skip - n)
 
     def _contexts(self, seed: int) -> Iterator[Int[Tensor, "block context"]]:
-        """The text in blocks of contexts; the last one holds what is left.
-
-        Raises:
-            UserError: there is not one context.
-        """
+        """The text in blocks of contexts; the last one holds what is left. Raises UserError: there is no context."""
         rows = token_batches(self.profile, load_tokenizer(self.profile), self.split, batch=1, seed=seed)
         first = next(rows, None)
         if first is None:
@@ -193,8 +172,7 @@ class Streamed:
 class Cached(Streamed):
     """Activations from shards on disk, one block each, float16 (relative error 2^-11), written once and read at random.
 
-    Epochs read the shards, and the tokens within each, in orders of their own. A harvest that was cut off goes on at
-    the first shard that is not there. Batches are float32 again.
+    A harvest that was cut off goes on at the first shard that is not there. Batches are float32 again.
     """
 
     dtype = torch.float16
@@ -251,10 +229,8 @@ class Cached(Streamed):
         n = len(contexts) * self.per_context
         block = self._harvested(contexts, torch.arange(n), threading.Event())
         if not block.isfinite().all():
-            raise UserError(
-                f"activations at {self.hook} exceed 65504, the most that float16 holds: stream them (Streamed), "
-                "or leave out the positions that do (activations.positions)"
-            )
+            cure = "stream them (Streamed), or leave out the positions that do (activations.positions)"
+            raise UserError(f"activations at {self.hook} exceed 65504, the most that float16 holds: {cure}")
         data = safetensors.torch.save({"activations": block.cpu()})
         write({self.folder / name: data})
         return {"tokens": n, "shape": list(block.shape), "sha256": hashlib.sha256(data).hexdigest()}
@@ -310,10 +286,7 @@ def _cut(blocks: Iterator[Tensor], batch: int) -> Iterator[Float[Tensor, "batch 
 
 
 def _ahead(make: Callable[[threading.Event], Iterator[Tensor]], device: torch.device) -> Iterator[Tensor]:
-    """The endless iterator `make(stop)`, run one item ahead in a thread (on CUDA in a stream of its own).
-
-    An exception in the thread is raised here. Closing sets `stop` and waits for the thread to end.
-    """
+    """The endless iterator `make(stop)`, run one item ahead in a thread (on CUDA in a stream of its own)."""
     stop = threading.Event()
     items = make(stop)
     side = torch.cuda.Stream(device) if device.type == "cuda" else None

@@ -1,7 +1,7 @@
 """The book: stage its parts, build it, publish what ran.
 
     stage    configuration, pages and notebooks -> `_build/site/`, executed notebooks over committed ones
-    build    `_build/site/` -> `_build/site/_build/html/`, every warning an error
+    build    `_build/site/` -> `_build/site/_build/html/`, every warning an error; the atlas's pages beside the chapters
     publish  what ran -> `results/<profile>/` and, for the default profile, the outputs in `notebooks/`
 
 A notebook that leaves a run is rebuilt as the committed source plus the outputs of the run: no trace of papermill, no
@@ -30,6 +30,20 @@ DEFAULT = "docstring-gpt"
 """The profile whose outputs are committed."""
 README_FIGURE = "book/images/readme.png"
 """The figure of the cell tagged `readme`."""
+ATLAS = "10_atlas"
+"""The chapter that makes pages of its own."""
+NO_ATLAS = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>No atlas yet</title><link rel="icon" href="data:,"><style>:root { color-scheme: light dark; }
+body { font: 1.1rem/1.6 Palatino, Georgia, serif; max-width: 38rem; margin: 4rem auto; padding: 0 1rem; }</style></head>
+<body><h1>No atlas here yet</h1>
+<p>This copy of the book was built without running chapter 10. The pages of the atlas are made by the run and never
+committed, for they quote other people's docstrings. To make them:</p>
+<pre>.venv/bin/saelib run 10
+.venv/bin/saelib book</pre>
+<p><a href="../notebooks/10_atlas.html">Back to the chapter</a></p></body></html>
+"""
+"""What stands in its place."""
 
 
 def merge(source: NotebookNode, run: NotebookNode, chapter: str) -> NotebookNode:
@@ -56,11 +70,7 @@ def merge(source: NotebookNode, run: NotebookNode, chapter: str) -> NotebookNode
 
 
 def executed(profile: str) -> dict[str, NotebookNode]:
-    """Merged notebooks of the chapters that were run under the profile, by name (`01_induction`).
-
-    Raises:
-        UserError: see `merge`.
-    """
+    """Merged notebooks of the chapters that were run under the profile, by name. Raises UserError: see `merge`."""
     runs = BUILD / "runs" / load_profile(profile).name
     return {
         path.stem: merge(nbformat.read(path, 4), nbformat.read(runs / path.name, 4), path.stem)
@@ -74,14 +84,9 @@ def _chapters() -> list[Path]:
 
 
 def stage(profile: str, committed: bool = False) -> Path:
-    """Lay out the book's sources in `_build/site/`, afresh.
+    """Lay out the book's sources in `_build/site/`, afresh: the profile's executed notebooks over committed ones.
 
-    Args:
-        profile: whose executed notebooks take the place of the committed ones.
-        committed: take the committed ones only.
-
-    Raises:
-        UserError: no such profile, or a run that failed or is older than its notebook.
+    With `committed`, only these. Raises UserError: no such profile, or a run that failed or is older than its notebook.
     """
     name, runs = load_profile(profile).name, {} if committed else executed(profile)
     shutil.rmtree(SITE, ignore_errors=True)
@@ -92,30 +97,36 @@ def stage(profile: str, committed: bool = False) -> Path:
     for chapter, notebook in runs.items():
         nbformat.write(notebook, SITE / "notebooks" / f"{chapter}.ipynb")
     (SITE / "book" / "_ran.md").write_text(what_ran(name, set(runs)), encoding="utf-8")
+    _stage_atlas(BUILD / "atlas" / name if ATLAS in runs else None)
     return SITE
 
 
-def build() -> Path:
-    """Build what is staged; returns the path of `index.html`.
+def _stage_atlas(made: Path | None) -> None:
+    """The pages that chapter 10 made in the run that is shown; where it made none, plain pages that say so."""
+    (SITE / "atlas").mkdir()
+    for name in ("small", "large"):
+        page = made and made / f"{name}.html"
+        content = page.read_text(encoding="utf-8") if page and page.is_file() else NO_ATLAS
+        (SITE / "atlas" / f"{name}.html").write_text(content, encoding="utf-8")
 
-    Raises:
-        UserError: the build failed or gave a warning; it has printed them.
-    """
+
+def build() -> Path:
+    """Build what is staged; returns the path of `index.html`. Raises UserError: it failed, or gave a warning."""
     program = Path(sysconfig.get_path("scripts")) / "jupyter-book"
     # --all: a page that quotes another's number does not know when it changes
     flags = ("-W", "-n", "--keep-going", "-q", "--all")
     ran = subprocess.run([program, "build", SITE, "--path-output", SITE, *flags], stdout=subprocess.DEVNULL)
     if ran.returncode:
         raise UserError("the book was not built: mend the pages that the warnings above name")
-    return SITE / "_build" / "html" / "index.html"
+    html = SITE / "_build" / "html"
+    shutil.copytree(SITE / "atlas", html / "atlas", dirs_exist_ok=True)  # after Sphinx, for which they are no pages
+    return html / "index.html"
 
 
 def what_ran(shown: str, fresh: set[str]) -> str:
     """The table of the title page, in Markdown: chapter × profile, when, how long and on what.
 
-    Args:
-        shown: the profile that is staged.
-        fresh: chapters whose run is staged in place of the committed outputs.
+    `shown` is the staged profile, `fresh` the chapters whose run is staged in place of the committed outputs.
     """
     profiles = sorted({*available(), shown}, key=lambda name: (name != DEFAULT, name))
     lines = ["| chapter | " + " | ".join(f"`{name}`" for name in profiles) + " |", "|---" * (len(profiles) + 1) + "|"]

@@ -55,11 +55,7 @@ class Trained:
 
     @torch.no_grad()
     def loss(self, index: int) -> Float[Tensor, "contexts"]:
-        """Mean loss in each context, nats per token.
-
-        Raises:
-            UserError: the checkpoint, which is named, is missing or damaged.
-        """
+        """Mean loss in each context, nats per token. Raises UserError: the checkpoint is missing or damaged."""
         if index not in self.losses:
             model = load_model(self.profile, self.found[index])
             self.losses[index] = token_losses(model, self.tokens).double().mean(1)
@@ -289,10 +285,7 @@ def by_eye(
 
 
 def left_out(steps: Sequence[float], losses: Sequence[float]) -> dict[str, list[float]]:
-    """Each inner checkpoint's loss as the others have it, less the true one.
-
-    By a monotone curve in log step, a straight line in log step, and a straight line in step.
-    """
+    """Each inner checkpoint's loss as the others have it, by a curve and straight lines, less the true one."""
     at, losses = np.asarray(steps, float), np.asarray(losses)
     ways = {
         "curve": lambda x, xs, ys: PchipInterpolator(np.log(xs), ys)(np.log(x)),

@@ -29,12 +29,9 @@ class OneLineErrors(click.Group):
 
 
 profile_option = click.option(
-    "--profile",
-    default=DEFAULT,
-    show_default=True,
-    metavar="NAME",
+    "--profile", default=DEFAULT, show_default=True, metavar="NAME",
     help="A shipped profile, or the path of your own .yml file.",
-)
+)  # fmt: skip
 pairs_option = click.option(
     "-p", "pairs", multiple=True, metavar="KEY=VALUE", help="Set one value (JSON, or a word); may be repeated."
 )
@@ -167,10 +164,8 @@ def train(
     chosen = load_profile(profile)
     values = parse_pairs(pairs)
     chosen.recipe_of(name)
-    recipe = {key.removeprefix("recipe."): values.pop(key) for key in list(values) if key.startswith("recipe.")}
-    values |= {
-        f"saes.{name}.recipe.{key}": value for key, value in recipe.items()
-    }  # what NAME's own section says yields
+    recipe = {key: values.pop(key) for key in list(values) if key.startswith("recipe.")}
+    values |= {f"saes.{name}.{key}": value for key, value in recipe.items()}  # what NAME's own section says yields
     chosen = override(chosen, values)
     out = out or BUILD / "sae" / chosen.name / name
     with trainer.processes():
@@ -221,11 +216,10 @@ def import_(source: Path, target: Path) -> None:
 
     sae = formats.load(source)
     formats.save(sae, target)
+    size = f"{sae.n_latents:,} latents on {sae.d_model} dimensions, k {sae.k}"
     biased = "with" if sae.latent_bias is not None else "without"
-    click.echo(
-        f"{sae.architecture}, {sae.n_latents:,} latents on {sae.d_model} dimensions, k {sae.k}, {biased} latent bias, "
-        f"normalises {sae.normalize}: {os.path.relpath(target)}"
-    )
+    place = os.path.relpath(target)
+    click.echo(f"{sae.architecture}, {size}, {biased} latent bias, normalises {sae.normalize}: {place}")
 
 
 @main.command(short_help="Build the book from executed notebooks.")

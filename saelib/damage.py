@@ -108,10 +108,7 @@ def transplanted(
     profile: Profile, checkpoint: Checkpoint, tokens: Int[Tensor, "n pos"], sample: Int[Tensor, "m pos"],
     variants: Mapping[str, Variant],
 ) -> tuple[Float[Tensor, "n pos-1"], dict[str, Downstream]]:  # fmt: skip
-    """`downstream` in another model at the profile's hook, with that model's own `zero` and `mean` ablation.
-
-    The mean is over the contexts of `sample`.
-    """
+    """`downstream` in another model at the profile's hook, with its own `zero` and `mean` (of `sample`) ablation."""
     model = load_model(profile, checkpoint)
     centre = harvest(model, sample, profile.hook).mean(0)
     own = {"zero": splice.zero, "mean": splice.constant(centre)}

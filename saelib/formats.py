@@ -211,10 +211,7 @@ def _said(file: Path, system: System, tree: object) -> dict:
 
 
 def _as_today(tree: object) -> object:
-    """A SAELens configuration in the layout of version 6; before, TopK was the activation function of a `standard` SAE.
-
-    What is not such a configuration is returned as it is.
-    """
+    """An older SAELens configuration (TopK as activation function of a `standard` SAE) in the layout of version 6."""
     old = tree if isinstance(tree, dict) else {}
     called = old.get("activation_fn_str", old.get("activation_fn"))
     if called != "topk" or old.get("architecture", "standard") not in ("standard", "topk"):
@@ -295,10 +292,8 @@ def _compare(sae: SAE, model: TransformerBridge, name: str) -> None:
     trained, here = sae.facts.get("fingerprint"), fingerprint(model)
     if trained is not None and trained != here:
         known, this = sae.facts.get("model", "an unnamed model"), Path(model.cfg.model_name).name
-        warnings.warn(
-            f"SAE {name} was trained on {known} with weights {trained}, this is {this} with weights {here}",
-            stacklevel=3,
-        )
+        other = f"was trained on {known} with weights {trained}, this is {this} with weights {here}"
+        warnings.warn(f"SAE {name} {other}", stacklevel=3)
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------

@@ -108,10 +108,9 @@ def uniform_attention(positions: int) -> Float[Tensor, "1 query key"]:
 def pattern_score(
     attention: Float[Tensor, "n ... query key"], pattern: Float[Tensor, "n query key"]
 ) -> Float[Tensor, "n ..."]:
-    """Share of the attention that goes where `pattern` says, over the queries for which it says anything.
+    """Share of the attention that goes where `pattern` says, over the queries for which it says anything; else NaN.
 
-    1: all of it. NaN where the pattern says nothing about a sequence. Equal to TransformerLens's
-    `compute_head_attention_similarity_score` (`mul`) once the other rows are set to zero, for all heads at once.
+    TransformerLens's `compute_head_attention_similarity_score` (`mul`), for all heads at once.
     """
     pattern = pattern.to(attention.device)
     hits = torch.einsum("n...qk,nqk->n...", attention, pattern)
@@ -172,11 +171,8 @@ def clearest_excerpt(
 ) -> tuple[Document, pd.DataFrame]:
     """Of `n` documents' first `length` tokens, those where induction most often leads to the right guess: see `looks`.
 
-    That is: more than half of the head's attention is induction, and the model's first guess is the token that comes.
-    The best case, not a typical one; the average over text is `head_scores` with `induction_pattern`.
-
-    Raises:
-        UserError: no document is long enough.
+    More than half of the head's attention is induction there, and the first guess is right: the best case, not a
+    typical one. Raises UserError where no document is long enough.
     """
     read = ((document, model.tokenizer(document.text, add_special_tokens=False)["input_ids"]) for document in documents)
     found = list(islice(((document, ids[:length]) for document, ids in read if len(ids) >= length), n))
@@ -196,7 +192,7 @@ def clearest_excerpt(
 def looks(attention: Float[Tensor, "query key"], tokens: list[str], guesses: list[str]) -> pd.DataFrame:
     """A row for each token: which `key` it looks at most, with what `weight`, and, white space made visible, in words.
 
-    Looks at the token itself and at the first one, where idle heads rest, do not count: weight 0 where none is left.
+    Looks at itself and at the first token, where idle heads rest, do not count: weight 0 where none is left.
     """
     others = attention.tril(-1)
     others[:, 0] = 0
@@ -210,11 +206,7 @@ def looks(attention: Float[Tensor, "query key"], tokens: list[str], guesses: lis
 
 
 def ablation(head: Head, how: Literal["mean", "zero"] = "mean") -> tuple[str, Callable]:
-    """A hook that silences a head, for `run_with_hooks` and `model.hooks`.
-
-    `mean` replaces the head's output at each position by its mean over the batch: what it says on average stays,
-    what it says about these tokens goes. `zero` removes both.
-    """
+    """A hook that silences a head: `mean` leaves its mean output over the batch at each position, `zero` nothing."""
 
     def silence(z: Float[Tensor, "n pos head d_head"], hook) -> Float[Tensor, "n pos head d_head"]:
         z = z.clone()
@@ -296,10 +288,9 @@ def recovery(model: TransformerBridge, pair: Pair) -> Callable[[Float[Tensor, "n
 def patch_sweep(
     model: TransformerBridge, pair: Pair, by: Literal["position", "head"]
 ) -> Float[Tensor, "layer pos"] | Float[Tensor, "layer head"]:
-    """`recovery` when one activation of the clean run is put into the corrupted one.
+    """`recovery` when one activation of the clean run is put into the corrupted one (Meng et al. 2022).
 
-    `position`: the residual stream before a layer at one position; `head`: a head's output at all positions
-    (`transformer_lens.patching`; the method is Meng et al. 2022's).
+    `position`: the residual stream before a layer at one position; `head`: a head's output at all positions.
     """
     name = {"position": "resid_pre", "head": "z"}[by]
     sweep = {"position": patching.get_act_patch_resid_pre, "head": patching.get_act_patch_attn_head_out_all_pos}[by]
@@ -322,14 +313,11 @@ def patch_path(model: TransformerBridge, pair: Pair, source: Head, target: Head)
 
 @torch.no_grad()
 def copying_scores(model: TransformerBridge, tokens: Int[Tensor, "n pos"] | None = None) -> Float[Tensor, "layer head"]:
-    """Sum of the eigenvalues of a head's full OV circuit over the sum of their absolute values.
+    """Sum of the eigenvalues of a head's full OV circuit over the sum of their absolute values (Elhage et al. 2021).
 
-    1: all eigenvalues are positive, so attending to a token raises its own logit; -1: attending lowers it. The circuit
-    W_E W_V W_O W_U is vocabulary by vocabulary, but only d_head of its eigenvalues are not zero, and those are the ones
-    of W_O W_U W_E W_V, which is d_head x d_head (Elhage et al. 2021).
-
-    With `tokens`, W_E gives way to what the layer really receives: one row for every token in them, the normalised
-    residual stream at its position. Wants a model with LayerNorm folded (`enable_compatibility_mode`).
+    1: attending to a token raises its own logit; -1: lowers it. The eigenvalues of W_E W_V W_O W_U (vocabulary squared)
+    that are not zero are those of W_O W_U W_E W_V, which is d_head x d_head. With `tokens`, W_E gives way to what the
+    layer really receives at each of them. Wants a model with LayerNorm folded (`enable_compatibility_mode`).
     """
     received, unembed = [model.W_E] * model.cfg.n_layers, model.W_U
     if tokens is not None:
@@ -374,15 +362,10 @@ def thinned(found: list[Checkpoint], at_most: int) -> list[Checkpoint]:
 def history(
     profile: Profile, found: list[Checkpoint], repeated: Int[Tensor, "n pos"], segment: int, text: Int[Tensor, "m pos"]
 ) -> History | None:
-    """Load each checkpoint in turn and measure it; None where there is no checkpoint.
-
-    Raises:
-        UserError: a checkpoint does not say how many tokens it has seen.
-    """
+    """Load and measure each checkpoint; None without any. Raises UserError: one does not say its training tokens."""
     if any(checkpoint.tokens is None for checkpoint in found):
-        raise UserError(
-            f"profile {profile.name!r}: steps are no tokens without model.training_batch and training_context"
-        )
+        missing = "model.training_batch and training_context"
+        raise UserError(f"profile {profile.name!r}: steps are no tokens without {missing}")
     rows = []
     for checkpoint in tqdm(found, desc="checkpoints", leave=False, disable=None):
         model = load_model(profile, checkpoint)
@@ -397,8 +380,7 @@ def emergence(
 ) -> tuple[float, int, int] | None:
     """Where the values first pass a share of the final one, in training tokens, and the checkpoints before and after.
 
-    On a straight line in log tokens between the two. None where the values end no higher than they began, or begin
-    above that share.
+    On a straight line in log tokens between the two; None where they begin above that share, or do not rise.
     """
     values = values.tolist()
     goal = values[-1] * share

@@ -22,12 +22,8 @@ from saelib.sae import SAE, TINY
 
 About = Literal["mean", "last", "zero"]
 """What a spread is measured from: the mean of all activations, that of each context's last one, or nothing."""
-
-
 BLOCK = 8
 """Neighbouring contexts that count as one when it comes to standard errors: together longer than most documents."""
-
-
 LATENTS = 2**28
 """Latents times tokens that are computed together: 1 GiB before the top k are chosen."""
 
@@ -40,43 +36,28 @@ class Estimate(NamedTuple):
 
 
 class Spread:
-    """Squared distances of activations from one point, summed over a stream: what errors are divided by.
-
-    The point is chosen at the end, and the batches that the activations came in do not matter.
-    """
+    """Squared distances of activations from a point chosen at the end, summed over a stream: errors' divisor."""
 
     def __init__(self) -> None:
-        self.squares: list[Tensor] = []
-        self.sums: list[Tensor] = []
-        self.ends: list[Tensor] = []
-        self.counts: list[Tensor] = []
+        self.sums: list[tuple[Tensor, ...]] = []
+        """For each part of the stream: squared lengths, sums, last activations and token counts of its contexts."""
 
     def add(self, x: Float[Tensor, "contexts pos d_model"]) -> None:
         """Take in contexts."""
         x = precise(x)
-        self.squares.append(torch.linalg.vecdot(x, x).sum(1).cpu())
-        self.sums.append(x.sum(1).cpu())
-        self.ends.append(x[:, -1].cpu())
-        self.counts.append(torch.full((len(x),), x.shape[1], dtype=torch.float64))
+        count = torch.full((len(x),), x.shape[1], dtype=torch.float64)
+        self.sums.append((torch.linalg.vecdot(x, x).sum(1).cpu(), x.sum(1).cpu(), x[:, -1].cpu(), count))
 
     def result(self, about: About) -> Float[Tensor, "contexts"]:
         """For each context the sum over its tokens."""
-        square, total, end, count = map(torch.cat, (self.squares, self.sums, self.ends, self.counts))
-        match about:
-            case "mean":
-                point = total.sum(0) / count.sum()
-            case "last":
-                point = end.mean(0)
-            case "zero":
-                point = torch.zeros_like(end[0])
+        square, total, end, count = map(torch.cat, zip(*self.sums, strict=True))
+        points = {"mean": total.sum(0) / count.sum(), "last": end.mean(0), "zero": torch.zeros_like(end[0])}
+        point = points[about]
         return square - 2 * total @ point + count * point.square().sum()
 
 
 class NormalizedMse:
-    """Squared error over that of predicting the mean: 1 for the mean predictor, 0 for the identity (section 2.1).
-
-    Both sums run over all tokens given, and the mean is theirs, so the batches that they came in do not matter.
-    """
+    """Squared error over that of predicting the mean of all tokens given: 1 for that mean, 0 if exact (section 2.1)."""
 
     def __init__(self) -> None:
         self.errors: list[Tensor] = []
@@ -160,11 +141,7 @@ class Reconstruction(NamedTuple):
 
 @torch.no_grad()
 def reconstruct(sae: SAE, contexts: Iterable[Float[Tensor, "contexts pos d_model"]]) -> Reconstruction:
-    """Encode and decode raw activations, keeping numbers per token and per latent.
-
-    Raises:
-        UserError: the SAE reads vectors of another width.
-    """
+    """Encode and decode raw activations, keeping numbers per token and per latent. Raises UserError: see `pieces`."""
     errors, active, fired, mse = [], [], torch.zeros(sae.n_latents, dtype=torch.int64), NormalizedMse()
     for batch in tqdm(contexts, desc="reconstructing", unit="batch", leave=False):
         for x in pieces(batch, sae):
@@ -182,11 +159,7 @@ def reconstruct(sae: SAE, contexts: Iterable[Float[Tensor, "contexts pos d_model
 
 
 def pieces(x: Float[Tensor, "n pos d_model"], variant) -> tuple[Float[Tensor, "few pos d_model"], ...]:
-    """Activations in parts, small enough that an SAE's value of every latent fits into memory for all tokens.
-
-    Raises:
-        UserError: the SAE reads vectors of another width.
-    """
+    """Activations in parts whose latents all fit into memory. Raises UserError: the SAE reads another width."""
     width = getattr(variant, "d_model", x.shape[-1])
     if width != x.shape[-1]:
         raise UserError(f"the SAE reads vectors of {width} entries, not {x.shape[-1]}: take one of this model and hook")

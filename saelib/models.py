@@ -38,19 +38,14 @@ class Checkpoint(NamedTuple):
 
 
 def pick_device(profile: Profile) -> str:
-    """The profile's device; `auto` takes a GPU where there is one. `$SAELIB_DEVICE` overrules (tests run on the CPU).
-
-    Raises:
-        UserError: the device is not there.
-    """
+    """The profile's device (`auto`: a GPU where there is one), or `$SAELIB_DEVICE`. Raises UserError: not there."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     wanted = os.environ.get("SAELIB_DEVICE", profile.device)
     if wanted == "auto":
         return next(device for device, usable in there.items() if usable)
     if not there.get(wanted):
-        raise UserError(
-            f"no {wanted} device here: set device to auto, or to one of {', '.join(d for d in there if there[d])}"
-        )
+        usable = ", ".join(device for device in there if there[device])
+        raise UserError(f"no {wanted} device here: set device to auto, or to one of {usable}")
     return wanted
 
 
@@ -89,9 +84,8 @@ def _revisions(profile: Profile, name: str) -> list[Checkpoint]:
     try:
         labels, unit = get_checkpoint_labels(name)
     except ValueError as error:
-        raise UserError(
-            f"no training checkpoints are known for {name!r}: drop model.checkpoints, or name a folder"
-        ) from error
+        cure = "drop model.checkpoints, or name a folder"
+        raise UserError(f"no training checkpoints are known for {name!r}: {cure}") from error
     batch, context = profile.model.training_batch, profile.model.training_context
     per_step = batch * context if batch and context else None
     if unit != "step":
@@ -110,9 +104,8 @@ def _is_local(name: str) -> bool:
 def _folder(name: str) -> Path:
     path = ROOT / name  # an absolute name stays what it is
     if not path.is_dir():
-        raise UserError(
-            f"no model folder {name}: `git checkout models` restores the shipped one, `saelib pretrain` makes one"
-        )
+        cure = "`git checkout models` restores the shipped one, `saelib pretrain` makes one"
+        raise UserError(f"no model folder {name}: {cure}")
     return path
 
 
@@ -129,11 +122,7 @@ def _described(name: str, revision: str | None) -> Checkpoint:
 
 
 def load_tokenizer(profile: Profile) -> PreTrainedTokenizerBase:
-    """The tokenizer of the profile's model; its checkpoints and second seed share it.
-
-    Raises:
-        UserError: it cannot be read.
-    """
+    """The tokenizer of the profile's model, its checkpoints and second seed. Raises UserError: it cannot be read."""
     source = main_model(profile)
     try:
         return AutoTokenizer.from_pretrained(source.name, revision=source.revision)
@@ -156,34 +145,27 @@ def load_model(profile: Profile, checkpoint: Checkpoint | None = None) -> Transf
             source.name, revision=source.revision, dtype=torch.float32, attn_implementation="eager"
         )
     except (OSError, ValueError, SafetensorError, RuntimeError) as error:
-        raise UserError(
-            f"cannot load {_short(source)}: {_first_line(error)}; the files may be damaged or incomplete"
-        ) from error
+        problem = f"{_first_line(error)}; the files may be damaged or incomplete"
+        raise UserError(f"cannot load {_short(source)}: {problem}") from error
     _check_fit(profile, source, config, tokenizer, model)
-    weights = _digest(model)
-    device = pick_device(profile)
-    bridge = TransformerBridge.boot_transformers(
-        source.name, hf_model=model.to(device), tokenizer=tokenizer, device=device
-    )
-    bridge.weights_fingerprint = weights  # taken now: the bridge renames and splits the tensors
+    weights, device = _digest(model), pick_device(profile)  # before the bridge renames and splits the tensors
+    given = {"hf_model": model.to(device), "tokenizer": tokenizer, "device": device}
+    bridge = TransformerBridge.boot_transformers(source.name, **given)
+    bridge.weights_fingerprint = weights
     return bridge.eval()
 
 
 def _check_fit(profile: Profile, source: Checkpoint, config, tokenizer, model: torch.nn.Module) -> None:
-    longest = getattr(config, "max_position_embeddings", None)
+    shown, longest = _short(source), getattr(config, "max_position_embeddings", None)
     wanted = max(profile.context_length, profile.induction_context)
     if longest is not None and wanted > longest:
-        raise UserError(
-            f"profile {profile.name!r} asks for contexts of {wanted} tokens, "
-            f"but {_short(source)} takes at most {longest}"
-        )
+        asked = f"profile {profile.name!r} asks for contexts of {wanted} tokens"
+        raise UserError(f"{asked}, but {shown} takes at most {longest}")
     if len(tokenizer) > config.vocab_size:
-        raise UserError(
-            f"the tokenizer of {_short(source)} has {len(tokenizer)} tokens but the model only {config.vocab_size}"
-        )
+        raise UserError(f"the tokenizer of {shown} has {len(tokenizer)} tokens but the model only {config.vocab_size}")
     for name, weight in model.named_parameters():
         if not torch.isfinite(weight).all():
-            raise UserError(f"{_short(source)} holds weights that are not finite ({name}): fetch or train it again")
+            raise UserError(f"{shown} holds weights that are not finite ({name}): fetch or train it again")
 
 
 def fingerprint(model: TransformerBridge) -> str:
@@ -201,14 +183,9 @@ def _digest(model: torch.nn.Module) -> str:
 
 def _short(source: Checkpoint) -> str:
     """A model's name without the path of the checkout."""
-    path = Path(source.name)
-    shown = (
-        path.relative_to(ROOT).as_posix()
-        if path.is_relative_to(ROOT)
-        else path.name
-        if path.is_absolute()
-        else source.name
-    )
+    path, shown = Path(source.name), source.name
+    if path.is_absolute():
+        shown = path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.name
     return f"model {shown}" + (f" at {source.revision}" if source.revision else "")
 
 

@@ -207,14 +207,9 @@ class Sparse:
         return self.pre if sae.latent_bias is None else self.pre.add_(sae.latent_bias)
 
     def _auxiliary(
-        self,
-        z: Float[Tensor, "batch dead"],
-        centred: Float[Tensor, "batch d_model"],
-        error: Float[Tensor, "batch d_model"],
-        dead: Int[Tensor, "dead"],
-        k: int,
-        weight: Tensor | None,
-    ) -> Tensor:
+        self, z: Float[Tensor, "batch dead"], centred: Float[Tensor, "batch d_model"],
+        error: Float[Tensor, "batch d_model"], dead: Int[Tensor, "dead"], k: int, weight: Tensor | None,
+    ) -> Tensor:  # fmt: skip
         """AuxK: adds its gradients. Dead latents are few and many of them act, so its products are dense."""
         sae, world = self.sae, self.world
         if world.shards > 1:  # every shard offers k of its own; zeros do no harm

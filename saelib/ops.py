@@ -78,14 +78,10 @@ def decode(
 
 
 def gradients(
-    indices: Int[Tensor, "batch k"],
-    z: Float[Tensor, "sets batch k"],
-    g: Float[Tensor, "sets batch d_model"],
-    x: Float[Tensor, "batch d_model"],
-    W_dec: Float[Tensor, "n d_model"],
-    to_dec: Float[Tensor, "n d_model"],
+    indices: Int[Tensor, "batch k"], z: Float[Tensor, "sets batch k"], g: Float[Tensor, "sets batch d_model"],
+    x: Float[Tensor, "batch d_model"], W_dec: Float[Tensor, "n d_model"], to_dec: Float[Tensor, "n d_model"],
     to_enc: Float[Tensor, "n d_model"],
-) -> Float[Tensor, "n"]:
+) -> Float[Tensor, "n"]:  # fmt: skip
     """Gradients of both matrices, into `to_dec` and `to_enc`, and of the pre-activations summed over the batch.
 
     For each set, `decode(z, indices, W_dec)` has the gradient g, and z is the ReLU of W_enc x where it is not 0. The
@@ -146,14 +142,9 @@ class Adam(NamedTuple):
 
 
 def update(
-    weight: Tensor,
-    first: Tensor,
-    second: Tensor,
-    average: Tensor,
-    adam: Adam,
-    project: bool = False,
+    weight: Tensor, first: Tensor, second: Tensor, average: Tensor, adam: Adam, project: bool = False,
     unit: bool = False,
-) -> None:
+) -> None:  # fmt: skip
     """One optimizer step of a parameter from its `.grad`, in place, each row being read from memory once.
 
     The row's gradient loses its part along the row (`project`) and is scaled; Adam moves the row; it is divided by its

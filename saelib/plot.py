@@ -7,12 +7,15 @@ the model under study, vermilion what the text points at, grey a control, green 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 from jaxtyping import Float
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.lines import Line2D
 from matplotlib.patches import FancyArrowPatch, Rectangle
@@ -24,6 +27,7 @@ from saelib.induction import Head, History
 from saelib.metrics import Estimate
 from saelib.profile import ROOT
 from saelib.reconstruction import Groups, Norms
+from saelib.scaling import Joint, Power
 from saelib.scoreboard import Reading
 
 OURS, POINTED, SECOND, CONTROL, INK = "#0072B2", "#D55E00", "#009E73", "#9a9a9a", "#2b2b2b"
@@ -54,13 +58,50 @@ def _end_labels(ax: Axes, x: float, ends: Mapping[str, tuple[float, object]]) ->
         _note(ax, label, (x, value), color, xytext=(7, used - height), va="center")
 
 
+def _log(axis: Axis, subs: Sequence[float] = (1, 2, 5)) -> None:
+    """Plain numbers along a logarithmic axis."""
+    axis.set(major_locator=LogLocator(subs=subs), minor_locator=NullLocator(), major_formatter="{x:g}")
+
+
+def _plain(axis: Axis) -> None:
+    """Plain numbers at the ticks that are set."""
+    axis.set(minor_locator=NullLocator(), major_formatter="{x:g}")
+
+
+def _rows(
+    ax: Axes, values: Mapping[str, object], above: float = 0.6, below: float = 0.4
+) -> Iterator[tuple[int, str, Any]]:
+    """A row for each name, downwards. Yields row, name and value; where that is None, the row says "not run"."""
+    ax.set_yticks(range(len(values)), values)
+    ax.set_ylim(len(values) - below, -above)
+    _upright(ax)
+    for row, (name, found) in enumerate(values.items()):
+        if found is None:
+            at = ax.get_yaxis_transform()
+            ax.text(0.5, row, "not run", color=CONTROL, ha="center", va="center", transform=at)
+        else:
+            yield row, name, found
+
+
+def _upright(ax: Axes) -> None:
+    """Grid lines for the x axis only."""
+    ax.grid(True, axis="x")
+    ax.grid(False, axis="y")
+
+
+def _interval(ax: Axes, found: Estimate, row: float, color: str, markersize: float, **marker) -> None:
+    """A dot with its 95 % interval."""
+    marker |= {"color": color, "marker": "o", "markersize": markersize, "linewidth": 1.2}
+    ax.errorbar(found.value, row, xerr=1.96 * found.se, **marker)
+
+
 def residual_norms(ax: Axes, norms: Float[Tensor, "layer pos"]) -> None:
     """Mean length of the residual stream after each layer, by position; position 0 marked."""
     layers, last = len(norms), norms.shape[1] - 1
     shades = [SHARE(0.4 + 0.6 * layer / max(layers - 1, 1)) for layer in range(layers)]
     ax.set(yscale="log", xlabel="position in the context (tokens)", ylabel="length of the residual stream")
     ax.set(xlim=(-2, last * 1.17), xticks=range(0, last + 2, max((last + 1) // 4, 1)))
-    ax.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), minor_locator=NullLocator(), major_formatter="{x:g}")
+    _log(ax.yaxis)
     for shade, row in zip(shades, norms.tolist(), strict=True):
         ax.plot(row, color=shade, linewidth=1.4)
         ax.plot(0, row[0], "o", color=POINTED, markersize=4)
@@ -193,8 +234,7 @@ def ablation(
     ax.set_yticks(range(len(order)), [f"without {head}" for head in order])
     ax.get_yticklabels()[order.index(pointed)].set(color=POINTED, fontweight="bold")
     ax.set(xlabel=f"induction score of {target}", xlim=(0, 1.02), ylim=(-0.6, len(order) - 0.1))
-    ax.grid(axis="x")
-    ax.grid(False, axis="y")
+    _upright(ax)
 
 
 def copying(
@@ -218,18 +258,13 @@ def copying(
 def head_strips(ax: Axes, groups: Mapping[str, Float[Tensor, "layer head"] | None], reference: float) -> None:
     """One row of dots per model, one dot per head; those from 0.1 on carry their name."""
     ax.axvline(reference, **DASHED | {"color": CONTROL})
-    for row, (scores, color) in enumerate(zip(groups.values(), (OURS, SECOND, CONTROL), strict=False)):
-        if scores is None:
-            ax.text(0.5, row, "not run", ha="center", va="center", color=CONTROL)
-            continue
+    for row, _, scores in _rows(ax, groups):
+        color = (OURS, SECOND, CONTROL)[row]
         ax.plot(scores.flatten(), [row] * scores.numel(), "o", color=color, alpha=0.65, markersize=7)
         named = sorted((scores[at].item(), str(Head(*at))) for at in map(tuple, (scores >= 0.1).nonzero().tolist()))
         for rank, (score, name) in enumerate(named):  # neighbours above and below in turn
             _note(ax, name, (score, row), color, xytext=(0, -17 if rank % 2 else 8), ha="center")
-    ax.set_yticks(range(len(groups)), groups)
-    ax.set(xlabel="induction score of each head", xlim=(-0.02, 1.02), ylim=(len(groups) - 0.4, -0.6))
-    ax.grid(axis="x")
-    ax.grid(False, axis="y")
+    ax.set(xlabel="induction score of each head", xlim=(-0.02, 1.02))
 
 
 def attention_arrows(ax: Axes, looks: pd.DataFrame, arrows: int = 6, width: int = 64) -> None:
@@ -286,13 +321,12 @@ def training(
         ax.plot(tokens, values, color=OURS)
         ax.set(title=label, xlabel="million tokens", xlim=(0, None))
     axes[0].set(yscale="log")
-    axes[0].yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), minor_locator=NullLocator(), major_formatter="{x:g}")
+    _log(axes[0].yaxis)
     axes[1].set(ylim=(0, None))
     if free is not None:
-        axes[2].plot([count / 1e6 for count in free[0]], free[1], color=CONTROL)
-        _note(
-            axes[2], "not held at 1", (free[0][-1] / 1e6, free[1][-1]), CONTROL, xytext=(0, -20), ha="right", va="top"
-        )
+        counts, norms = [count / 1e6 for count in free[0]], free[1]
+        axes[2].plot(counts, norms, color=CONTROL)
+        _note(axes[2], "not held at 1", (counts[-1], norms[-1]), CONTROL, xytext=(0, -20), ha="right", va="top")
 
 
 def learning_rates(
@@ -310,9 +344,7 @@ def learning_rates(
         ends[f"{rate:g}"] = (errors[-1], color)
     for ax in axes:
         ax.set(yscale="log", ylabel="normalised MSE")
-        ax.yaxis.set(
-            major_locator=LogLocator(subs=(1, 1.5, 2, 3, 5, 7)), minor_locator=NullLocator(), major_formatter="{x:g}"
-        )
+        _log(ax.yaxis, (1, 1.5, 2, 3, 5, 7))
     last = max(steps[-1] for steps, _ in curves.values())
     axes[0].set(xlabel="step", xlim=(0, 1.28 * last))
     axes[0].axvline(1000, **DASHED | {"color": CONTROL})
@@ -330,23 +362,21 @@ def forest(axes: Sequence[Axes], table: pd.DataFrame, names: Mapping[str, str], 
     left, right = axes
     for ax, at in ((left, 0), (right, 100 * base)):
         ax.axvline(at, color=OURS, linewidth=1.2)
-        ax.grid(axis="x")
-        ax.grid(False, axis="y")
-    for row, (_, found) in enumerate(table.loc[list(names)].iterrows()):
-        if not found.seeds:
-            left.text(
-                0.5, row, "not run", color=CONTROL, ha="center", va="center", transform=left.get_yaxis_transform()
-            )
-            continue
+    _upright(right)
+    for row, _, found in _rows(left, _of_table(table, names), 0.5, 0.5):
         color = INK if abs(found.difference) <= found.half else POINTED if found.difference > 0 else SECOND
         left.errorbar(found.difference, row, xerr=found.half, color=color, marker="o", markersize=5, linewidth=1.2)
         right.plot(100 * found.dead, row, "o", color=INK, markersize=5)
     left.set_xscale("symlog", linthresh=2e-3, linscale=1.2)
-    left.set_yticks(range(len(names)), names.values())
-    left.set(ylim=(len(names) - 0.5, -0.5), xlabel="added to the normalised MSE")
-    left.xaxis.set(minor_locator=NullLocator(), major_formatter="{x:g}")
+    left.set(xlabel="added to the normalised MSE")
+    _plain(left.xaxis)
     right.set(ylim=(len(names) - 0.5, -0.5), yticks=[], xlabel="dead latents (%)")
     right.set_xmargin(0.08)
+
+
+def _of_table(table: pd.DataFrame, names: Mapping[str, str]) -> dict[str, pd.Series | None]:
+    """Rows of `study.sweep_table` by what they are called; None: not run."""
+    return {label: table.loc[name] if table.seeds[name] else None for name, label in names.items()}
 
 
 def frontier(ax: Axes, families: Mapping[str, pd.DataFrame], l0: float) -> None:
@@ -363,7 +393,7 @@ def frontier(ax: Axes, families: Mapping[str, pd.DataFrame], l0: float) -> None:
     low, high = (edge(edge(runs.l0) for runs in shown.values()) for edge in (min, max))
     ax.set_xlim(low / 1.4, high * 2.2)
     for axis in (ax.xaxis, ax.yaxis):
-        axis.set(major_locator=LogLocator(subs=(1, 2, 5)), minor_locator=NullLocator(), major_formatter="{x:g}")
+        _log(axis)
     for rank, (name, runs) in enumerate(shown.items()):  # neighbours above and below in turn
         at = runs.l0.iloc[-1], runs.mse.iloc[-1]
         _note(ax, name, at, colors[name], xytext=(7, -6 if rank % 2 else 6), va="center")
@@ -381,8 +411,8 @@ def other_k(ax: Axes, ks: Sequence[int], curves: Mapping[str, Sequence[float] | 
             ax.plot(ks, values, color=color, marker=".")
             ends[name] = (values[-1], color)
     ax.set_xlim(ks[0] / 1.2, ks[-1] * 3)
-    ax.xaxis.set(minor_locator=NullLocator(), major_formatter="{x:g}")
-    ax.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), minor_locator=NullLocator(), major_formatter="{x:g}")
+    _plain(ax.xaxis)
+    _log(ax.yaxis)
     _note(ax, "trained for", (trained, ax.get_ylim()[1]), CONTROL, xytext=(4, -2), va="top")
     _end_labels(ax, ks[-1], ends)
 
@@ -390,52 +420,38 @@ def other_k(ax: Axes, ks: Sequence[int], curves: Mapping[str, Sequence[float] | 
 def refinement(ax: Axes, table: pd.DataFrame, names: Mapping[str, str]) -> None:
     """From the error with an SAE's own values to that with the best ones, and by how much z W_dec grows."""
     right = table.mse[list(names)].max()
-    for row, (_, found) in enumerate(table.loc[list(names)].iterrows()):
-        if not found.seeds:
-            ax.text(0.5, row, "not run", color=CONTROL, ha="center", va="center", transform=ax.get_yaxis_transform())
-            continue
+    for row, _, found in _rows(ax, _of_table(table, names), 0.5, 0.5):
         ax.plot([found.mse, found.refined_mse], [row, row], color=CONTROL, linewidth=1.2)
         ax.plot(found.mse, row, "o", color=OURS)
         ax.plot(found.refined_mse, row, "o", color=POINTED)
         _note(ax, f"× {found.refined_norm:.3f}", (right, row), xytext=(12, 0), va="center")
-    ax.set_yticks(range(len(names)), names.values())
-    ax.set(xlabel="normalised MSE: own values (blue), best values (orange)", ylim=(len(names) - 0.5, -0.5))
+    ax.set_xlabel("normalised MSE: own values (blue), best values (orange)")
     ax.set_xlim(0, 1.15 * right if right > 0 else 1)
-    ax.grid(axis="x")
-    ax.grid(False, axis="y")
 
 
 def deaths(ax: Axes, rows: Mapping[str, tuple[float, float, float]]) -> None:
     """Share of dead latents before training (ring) and after it (dot; NaN: not run), by outlier severity."""
-    order = sorted(rows, key=lambda name: -rows[name][0])
-    for row, name in enumerate(order):
-        _, before, after = rows[name]
+    order = sorted(rows.items(), key=lambda item: -item[1][0])
+    labelled = {f"{name}\nseverity {found[0]:.2f}": found for name, found in order}
+    for row, _, (_, before, after) in _rows(ax, labelled, 0.5, 0.5):
         ax.plot([100 * before, 100 * after], [row, row], color=CONTROL, linewidth=1.2)
         ax.plot(100 * before, row, "o", markerfacecolor="white", color=POINTED, markersize=7)
         ax.plot(100 * after, row, "o", color=OURS, markersize=5)
-    ax.set_yticks(range(len(order)), [f"{name}\nseverity {rows[name][0]:.2f}" for name in order])
-    ax.set(xlabel="dead latents (%): before training (ring), after it (dot)", ylim=(len(order) - 0.5, -0.5))
+    ax.set_xlabel("dead latents (%): before training (ring), after it (dot)")
     ax.set_xlim(min(ax.get_xlim()[0], -0.5), None)
-    ax.grid(axis="x")
-    ax.grid(False, axis="y")
 
 
 def ladder(ax: Axes, groups: Mapping[str, Mapping[str, float | None]]) -> None:
     """One row of dots per group on a logarithmic axis, each with its name; a group's first is the home-made one."""
-    for row, values in enumerate(groups.values()):
-        there = {name: value for name, value in values.items() if value is not None}
-        if not there:
-            ax.text(0.5, row, "not run", color=CONTROL, ha="center", va="center", transform=ax.get_yaxis_transform())
-        for rank, name in enumerate(sorted(there, key=there.get)):
+    there = {group: {name: value for name, value in of.items() if value is not None} for group, of in groups.items()}
+    for row, _, values in _rows(ax, {group: found or None for group, found in there.items()}):
+        for rank, name in enumerate(sorted(values, key=values.get)):
             color = POINTED if name.startswith("home") else OURS
-            ax.plot(there[name], row, "o", color=color, markersize=7)
-            _note(ax, name, (there[name], row), color, xytext=(0, -17 if rank % 2 else 8), ha="center")
-    ax.set_yticks(range(len(groups)), groups)
+            ax.plot(values[name], row, "o", color=color, markersize=7)
+            _note(ax, name, (values[name], row), color, xytext=(0, -17 if rank % 2 else 8), ha="center")
     ax.margins(x=0.12)
-    ax.set(xscale="log", xlabel="normalised MSE", ylim=(len(groups) - 0.4, -0.6))
-    ax.xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), minor_locator=NullLocator(), major_formatter="{x:g}")
-    ax.grid(axis="x")
-    ax.grid(False, axis="y")
+    ax.set(xscale="log", xlabel="normalised MSE")
+    _log(ax.xaxis)
 
 
 # --- of every chapter -------------------------------------------------------------------------------------------------
@@ -455,19 +471,13 @@ def rows(
     for name, at in (references or {}).items():
         ax.axvline(at, **DASHED)
         _note(ax, name, (at, -0.6), xytext=(0, 2), ha="center", va="bottom")
-    for row, (name, found) in enumerate(values.items()):
-        if found is None:
-            ax.text(0.5, row, "not run", color=CONTROL, ha="center", va="center", transform=ax.get_yaxis_transform())
-            continue
+    for row, name, found in _rows(ax, values):
         color = (colors or {}).get(name, OURS)
-        ax.errorbar(found.value, row, xerr=1.96 * found.se, color=color, marker="o", markersize=6, linewidth=1.2)
+        _interval(ax, found, row, color, 6)
         blank = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # else a dashed line may strike the number
         _note(ax, format(found.value, fmt), (found.value, row), color, xytext=(0, 7), ha="center", bbox=blank)
-    ax.set_yticks(range(len(values)), values)
-    ax.set(xlabel=xlabel, ylim=(len(values) - 0.4, -0.6))
+    ax.set_xlabel(xlabel)
     ax.margins(x=0.12)
-    ax.grid(axis="x")
-    ax.grid(False, axis="y")
 
 
 def lines(
@@ -504,7 +514,7 @@ def position_norms(axes: Sequence[Axes], norms: Norms) -> None:
     x = range(len(median))
     axes[0].fill_between(x, low, high, color=OURS, alpha=0.2, linewidth=0)
     axes[0].set(yscale="log", ylabel="length of the activation")
-    axes[0].yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), minor_locator=NullLocator(), major_formatter="{x:g}")
+    _log(axes[0].yaxis)
     axes[1].set(ylabel="length of the mean unit vector", ylim=(0, 1.04))
     for ax, values in zip(axes, (median, norms.alike), strict=True):
         ax.plot(x, values, color=OURS)
@@ -518,18 +528,14 @@ def walk(
     """One SAE's error by one convention per row, over all positions (dot) and without position 0 (ring)."""
     if not everywhere:
         return _not_run([ax])
-    for row, name in enumerate(everywhere):
-        for found, fill in ((everywhere[name], OURS), (elsewhere[name], "white")):
-            ax.errorbar(found.value, row, xerr=1.96 * found.se, color=OURS, marker="o", markersize=7,
-                        markerfacecolor=fill, linewidth=1.2)  # fmt: skip
-        _note(ax, f"{everywhere[name].value:.3f}", (everywhere[name].value, row), xytext=(0, 8), ha="center")
-    ax.set_yticks(range(len(everywhere)), everywhere)
+    for row, name, found in _rows(ax, everywhere, 0.7, 0.5):
+        _interval(ax, found, row, OURS, 7)
+        _interval(ax, elsewhere[name], row, OURS, 7, markerfacecolor="white")
+        _note(ax, f"{found.value:.3f}", (found.value, row), xytext=(0, 8), ha="center")
     for tick, name in zip(ax.get_yticklabels(), everywhere, strict=True):
         tick.set_fontweight("bold" if name in bold else "normal")
-    ax.set(xlabel="error: all positions (dot), without position 0 (ring)", ylim=(len(everywhere) - 0.5, -0.7))
+    ax.set_xlabel("error: all positions (dot), without position 0 (ring)")
     ax.set_xlim(0, 1.1 * max(found.value for found in everywhere.values()))
-    ax.grid(axis="x")
-    ax.grid(False, axis="y")
 
 
 def planted(
@@ -541,8 +547,8 @@ def planted(
     for first in ax.lines[:1]:
         first.set_linewidth(4)  # else the next one covers it
     ax.set_xticks(times)
-    ax.xaxis.set(minor_locator=NullLocator(), major_formatter="{x:g}")
-    ax.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), minor_locator=NullLocator(), major_formatter="{x:g}")
+    _plain(ax.xaxis)
+    _log(ax.yaxis)
     ax.set_ylim(None, ax.get_ylim()[1] * 1.8)
     ax.axvline(ours, **DASHED)
     _note(ax, "our position 0", (ours, ax.get_ylim()[0]), xytext=(5, 4))
@@ -592,18 +598,13 @@ def densities(axes: Sequence[Axes], rates: Mapping[str, Float[Tensor, "n_latents
 
 def damage(ax: Axes, common: Mapping[str, float], owed: Mapping[str, Estimate | None]) -> None:
     """Per name the share of tokens (ring) and of the damage (dot, 95 % interval); rows as `rows` has them."""
-    for row, (name, share) in enumerate(common.items()):
+    for row, name, share in _rows(ax, common):
         ax.plot(100 * share, row, "o", color=CONTROL, markerfacecolor="white", markersize=7)
         if found := owed[name]:
             color = POINTED if found.value - 1.96 * found.se > share else OURS
-            ax.errorbar(
-                100 * found.value, row, xerr=196 * found.se, color=color, marker="o", markersize=5, linewidth=1.2
-            )
-    ax.set_yticks(range(len(common)), common)
-    ax.set(xlabel="share of the whole (%)", ylim=(len(common) - 0.4, -0.6))
+            _interval(ax, Estimate(100 * found.value, 100 * found.se), row, color, 5)
+    ax.set_xlabel("share of the whole (%)")
     ax.label_outer()
-    ax.grid(axis="x")
-    ax.grid(False, axis="y")
 
 
 def concentration(ax: Axes, deltas: Mapping[str, Float[Tensor, "n pos"]], colors: Mapping[str, str]) -> None:
@@ -617,7 +618,7 @@ def concentration(ax: Axes, deltas: Mapping[str, Float[Tensor, "n pos"]], colors
         at = [round(len(total) ** (step / 200)) for step in range(1, 201)]
         ax.plot([100 * n / len(total) for n in at], [100 * (total[n - 1] / total[-1]).item() for n in at],
                 color=colors[name], label=name)  # fmt: skip
-    ax.xaxis.set(minor_locator=NullLocator(), major_formatter="{x:g}")
+    _plain(ax.xaxis)
     ax.legend(loc="upper left")
 
 
@@ -655,12 +656,7 @@ def visits(ax: Axes, steps: Sequence[float], found: Equivalent | None) -> None:
         ax.errorbar(at[index], loss.value, 1.96 * loss.se, color=OURS, marker="o", markersize=5, linewidth=1.2)
         _note(ax, f"{order}", (at[index], loss.value), OURS, xytext=(5, 4))
     ax.set(xscale="log", xlabel="share of the training (%)", ylabel="loss less the target (nats)")
-    _plain_log(ax)
-
-
-def _plain_log(ax: Axes) -> None:
-    ticks = LogLocator(subs=(1, 2, 3, 4, 5, 7))
-    ax.xaxis.set(major_locator=ticks, minor_locator=NullLocator(), major_formatter="{x:g}")
+    _log(ax.xaxis, (1, 2, 3, 4, 5, 7))
 
 
 def run_of_losses(
@@ -679,7 +675,7 @@ def run_of_losses(
     for name, value in targets.items():
         left.plot(left.get_xlim()[:1] + (1.08 * near[-1][0],), [value, value], color=BY_SAE[name], linewidth=0.8)
     left.set(ylabel="loss on text (nats)", xlabel="million training tokens")
-    _plain_log(left)
+    _log(left.xaxis, (1, 2, 3, 4, 5, 7))
     _end_labels(left, near[-1][0] * 1.05, {name: (value, BY_SAE[name]) for name, value in targets.items()})
     values, errors = ([getattr(drop, name) for drop in drops] for name in ("value", "se"))
     right.errorbar(steps[1:], values, [1.96 * se for se in errors], color=OURS, marker="o", markersize=4, linestyle="")
@@ -695,10 +691,7 @@ def shares(
     """One row per name: a share of the training with its interval; an end that is infinite becomes an arrow."""
     ends = [min(end, 1.0) for found in values.values() if found for end in found]
     right = 100 * max(ends, default=1.0) * 1.12
-    for row, (name, found) in enumerate(values.items()):
-        if found is None:
-            ax.text(0.5, row, "not run", color=CONTROL, ha="center", va="center", transform=ax.get_yaxis_transform())
-            continue
+    for row, name, found in _rows(ax, values):
         color = (colors or {}).get(name, OURS)
         value, low, high = (100 * end for end in found)
         ax.plot([low, min(high, right)], [row, row], color=color, linewidth=1.2)
@@ -706,10 +699,7 @@ def shares(
         if math.isinf(high):
             ax.plot(right, row, ">", color=color, markersize=6, clip_on=False)
         _note(ax, f"{value:.1f}" if value >= 1 else f"{value:.2f}", (value, row), color, xytext=(0, 7), ha="center")
-    ax.set_yticks(range(len(values)), values)
-    ax.set(xlabel="share of the training (%)", ylim=(len(values) - 0.4, -0.6), xlim=(-0.02 * right, right))
-    ax.grid(axis="x")
-    ax.grid(False, axis="y")
+    ax.set(xlabel="share of the training (%)", xlim=(-0.02 * right, right))
 
 
 # --- chapter 05 -------------------------------------------------------------------------------------------------------
@@ -721,10 +711,8 @@ KINDS = OURS, POINTED, SECOND, CONTROL, INK
 
 def two_questions(ax: Axes, values: Mapping[str, Sequence[Estimate] | None], gaussian: float) -> None:
     """Per row: sparsity over the window (dot), its reference for uneven effects (bar), over one token (ring)."""
-    for row, (found, color) in enumerate(zip(values.values(), KINDS, strict=False)):
-        if found is None:
-            ax.text(0.5, row, "not run", color=CONTROL, ha="center", va="center", transform=ax.get_yaxis_transform())
-            continue
+    for row, _, found in _rows(ax, values):
+        color = KINDS[row]
         many, uneven, one = (100 * point.value for point in found)
         ax.plot([many, one], [row, row], color=color, linewidth=1, alpha=0.5)
         ax.plot(uneven, row, "|", color=INK, markersize=14, markeredgewidth=1.6)
@@ -732,10 +720,7 @@ def two_questions(ax: Axes, values: Mapping[str, Sequence[Estimate] | None], gau
         ax.plot(one, row, "o", color=color, markersize=7, markerfacecolor="white")
     ax.axvline(100 * gaussian, **DASHED)
     _note(ax, "2/π", (100 * gaussian, -0.6), xytext=(0, 2), ha="center", va="bottom")
-    ax.set_yticks(range(len(values)), values)
-    ax.set(xlabel="sparsity (%)", xlim=(0, None), ylim=(len(values) - 0.4, -0.6))
-    ax.grid(axis="x")
-    ax.grid(False, axis="y")
+    ax.set(xlabel="sparsity (%)", xlim=(0, None))
 
 
 def decay(ax: Axes, profiles: Mapping[str, Sequence[Estimate] | None]) -> None:
@@ -751,7 +736,7 @@ def decay(ax: Axes, profiles: Mapping[str, Sequence[Estimate] | None]) -> None:
     }
     lines(ax, steps, relative, dict(zip(profiles, KINDS, strict=False)), "tokens after the ablated one", "effect")
     ax.set_ylim(bottom=0.6 * min(point.value for found in relative.values() for point in found))  # not of the bands
-    ax.yaxis.set(major_locator=LogLocator(subs=(1, 3)), minor_locator=NullLocator(), major_formatter="{x:g}")
+    _log(ax.yaxis, (1, 3))
 
 
 def sparsity_curves(
@@ -768,8 +753,177 @@ def sparsity_curves(
     if mark is not None:
         ax.axvline(mark, **DASHED | {"color": CONTROL})
     lines(ax, x, series, dict(zip(series, KINDS, strict=False)) | BY_SAE, xlabel, ylabel)
-    ax.xaxis.set(minor_locator=NullLocator(), major_formatter="{x:g}")
+    _plain(ax.xaxis)
     ax.set_xticks(x, map(str, x))
+
+
+# --- chapter 07 -------------------------------------------------------------------------------------------------------
+
+
+def learning_curves(
+    ax: Axes, points: pd.DataFrame, x: str, runs: pd.DataFrame,
+    live: pd.DataFrame | None = None, law: Power | None = None,
+) -> None:  # fmt: skip
+    """Error over tokens or FLOPs (`x`), a line per n, a ring at the end of those not converged; `law` is dashed."""
+    if points.empty:
+        return _not_run([ax])
+    ax.set(xscale="log", yscale="log", xlabel={"tokens": "tokens", "flops": "FLOPs"}[x], ylabel="normalised MSE")
+    sizes = sorted(points.n.unique())
+    for n, run in points.groupby(["n", "seed"]):
+        color = SHARE(0.3 + 0.7 * sizes.index(n[0]) / max(len(sizes) - 1, 1))
+        ax.plot(run[x], run.mse, color=color, linewidth=1.2)
+        if n[1] == 0:
+            there = runs[runs.n == n[0]].converged.all()
+            ax.plot(run[x].iloc[-1], run.mse.iloc[-1], "o", color=color, markerfacecolor=color if there else "white")
+            _note(ax, f"{n[0]:,}", (run[x].iloc[-1], run.mse.iloc[-1]), color, xytext=(7, 0), va="center")
+    if live is not None:
+        ax.plot(live[x], live.mse, "o", color=POINTED, zorder=4)
+        _note(ax, "live", (live[x].iloc[0], live.mse.iloc[0]), POINTED, xytext=(0, 8), ha="center")
+    if law is not None:
+        span = [points[x].min(), points[x].max()]
+        ax.plot(span, [law(at) for at in span], **DASHED)
+    ax.set_xlim(None, points[x].max() * 2.5)
+    ax.yaxis.set(major_locator=LogLocator(subs=(1, 1.5, 2, 3, 5)), minor_locator=NullLocator(), major_formatter="{x:g}")
+
+
+def error_by_size(ax: Axes, runs: pd.DataFrame, law: Joint | None) -> None:
+    """Error over n, a colour per k (a ring: not converged), the law's curves and, dotted, what it leaves."""
+    if runs.empty:
+        return _not_run([ax])
+    ax.set(xscale="log", yscale="log", xlabel="latents", ylabel="normalised MSE")
+    reach = np.geomspace(runs.n.min(), runs.n.max(), 64)
+    for (k, row), color in zip(runs.groupby("k"), (*KINDS[:3], "#CC79A7", INK), strict=False):
+        if law is not None:
+            ax.plot(reach, law(reach, k), color=color, linewidth=1.2)
+            ax.axhline(law.floor(k), color=color, linewidth=1, linestyle=":")
+        for there, some in row.groupby("converged"):
+            ax.plot(some.n, some.mse, "o", color=color, markerfacecolor=color if there else "white", markersize=6)
+        _note(ax, f"k = {k}", (row.n.iloc[-1], row.mse.iloc[-1]), color, xytext=(9, 0), va="center")
+    ax.set(xlim=(None, runs.n.max() * 2.2), ylim=(0.2 * runs.mse.min(), None))
+    ax.set_xticks(sorted(runs.n.unique()))
+    ax.xaxis.set(minor_locator=NullLocator(), major_formatter="{x:g}")
+    ax.yaxis.set(major_locator=LogLocator(subs=(1, 1.5, 2, 3, 5)), minor_locator=NullLocator(), major_formatter="{x:g}")
+
+
+# --- chapter 08 -------------------------------------------------------------------------------------------------------
+
+
+def probe_tasks(ax: Axes, names: Sequence[str], values: Mapping[str, Sequence[float] | None]) -> None:
+    """One row per task, ordered by the first list that is there: latent (dot), channel (dot), token, all (bar)."""
+    styles = dict(zip(values, (
+        {"marker": "o", "color": OURS, "label": "latent"}, {"marker": "o", "color": POINTED, "label": "channel"},
+        {"marker": "o", "color": CONTROL, "markerfacecolor": "white", "label": "token"},
+        {"marker": "|", "color": INK, "markersize": 11, "markeredgewidth": 1.8, "label": "all channels"},
+    ), strict=True))  # fmt: skip
+    shown = {name: found for name, found in values.items() if found}
+    order = sorted(range(len(names)), key=next(iter(shown.values())).__getitem__)
+    ax.axvline(1, **DASHED)
+    for name, found in shown.items():
+        ax.plot([found[i] for i in order], range(len(order)), linestyle="", **styles[name])
+    ax.set_yticks(range(len(order)), [names[i] for i in order], fontsize=8)
+    ax.set(xlabel="loss over label entropy", ylim=(len(order) - 0.4, -0.6), xlim=(0, None))
+    ax.grid(axis="x")
+    ax.legend(ncols=4, loc="lower left", bbox_to_anchor=(0, 1), handletextpad=0.1, columnspacing=1.4)
+
+
+def probe_sweep(axes: Sequence[Axes], table: pd.DataFrame) -> None:
+    """`probes.sweep`: at the end of the runs over latents, a line per k; along the runs with more than one point."""
+    if table.empty:
+        return _not_run(axes)
+    ends = table[table.end].groupby(["k", "n"], as_index=False)[["value", "se"]].mean()
+    ns, ks = sorted(ends.n.unique()), sorted(ends.k.unique())
+    axes[0].set(xscale="log", xlim=(ns[0] / 1.2, ns[-1] * 3), xticks=ns)
+    axes[0].xaxis.set(minor_locator=NullLocator(), major_formatter="{x:g}")
+    axes[0].set(xlabel="latents", ylabel="loss over label entropy")
+    last = {}
+    for rank, k in enumerate(ks):
+        own, color = ends[ends.k == k], SHARE(0.35 + 0.65 * rank / max(len(ks) - 1, 1))
+        axes[0].plot(own.n, own.value, ".-", color=color, linewidth=1.4)
+        last[f"k = {k}"] = (own.value.iloc[-1], color)
+    _end_labels(axes[0], ns[-1], last)
+    along = table[~table.alone].sort_values("tokens")
+    if along.empty:
+        return _not_run(axes[1:])
+    axes[1].set(xscale="log")
+    series = [Estimate(row.value, row.se) for row in along.itertuples()]
+    lines(axes[1], list(along.tokens), {"": series}, {"": OURS}, "training tokens", "")
+    axes[1].sharey(axes[0])
+
+
+# --- chapter 10 -------------------------------------------------------------------------------------------------------
+
+
+def cosines(ax: Axes, groups: Mapping[str, Sequence[float] | None], colors: Mapping[str, str], match: float) -> None:
+    """Share of latents whose best decoder cosine is at least x, a curve per group; dashed: what counts as a match."""
+    shown = {name: sorted(found) for name, found in groups.items() if found is not None}
+    if not shown:
+        return _not_run([ax])
+    ax.axvline(match, **DASHED)
+    for name, found in shown.items():
+        share = [100 * (1 - place / len(found)) for place in range(len(found))]
+        ax.plot(found, share, color=colors[name], label=name)
+    ax.set(xlabel="best decoder cosine at least", ylabel="latents (%)", xlim=(0.2, 1), ylim=(0, 103))
+    ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(shown), columnspacing=1, handlelength=1)
+
+
+def split_tree(ax: Axes, root: str, branches: pd.DataFrame | None) -> None:
+    """One latent and those that split it: columns `label`, `cosine`, `together` (width of the branch) and `agree`."""
+    if branches is None:
+        return _not_run([ax])
+    middle = (len(branches) - 1) / 2
+    for row, branch in enumerate(branches.itertuples()):
+        color = OURS if branch.agree else CONTROL
+        width = 0.8 + 8 * branch.together
+        ax.plot([0, 0.25, 0.55, 0.8], [middle, middle, row, row], color=color, linewidth=width, zorder=2 + branch.agree)
+        numbers = f"cosine {branch.cosine:.2f}, together {branch.together:.2f}"
+        _note(ax, branch.label, (0.8, row), xytext=(8, 5), va="center")
+        _note(ax, numbers, (0.8, row), color, xytext=(8, -6), va="center", fontsize=7)
+    _note(ax, root, (0, middle), xytext=(-6, 0), va="center", ha="right")
+    ax.set(xlim=(-0.55, 1.7), ylim=(len(branches) - 0.4, -0.6))
+    ax.set_axis_off()
+
+
+def shaded(ax: Axes, groups: Mapping[str, Sequence[tuple[Sequence[str], str]]], width: int = 92) -> None:
+    """Excerpts, a line each, below the name of their latent; a token's digit, 0 to 9, is the depth of its shade."""
+    ax.set(xlim=(0, width), ylim=(sum(len(some) + 1.4 for some in groups.values()), -0.8))
+    ax.set_axis_off()
+    ax.figure.draw_without_rendering()  # places the axes
+    size = ax.get_window_extent().width / ax.figure.dpi * 72 / width / 0.602  # of a monospaced letter
+    line = 0.0
+    for name, excerpts in groups.items():
+        ax.text(0, line, name, weight="bold", size=8.5, va="center")
+        for tokens, digits in excerpts:
+            line, column = line + 1, 0
+            for token, digit in zip(tokens, digits, strict=True):
+                token = token.replace("\n", "⏎")
+                if column + len(token) > width:
+                    break
+                place = Rectangle((column, line - 0.42), len(token), 0.84, color=POINTED, linewidth=0)
+                place.set_alpha(int(digit) and 0.08 + 0.07 * int(digit))
+                ax.add_patch(place)
+                ax.text(column, line, token, size=size, family="monospace", va="center", parse_math=False)
+                column += len(token)
+        line += 1.4
+
+
+# --- chapter 11 -------------------------------------------------------------------------------------------------------
+
+
+def against_random(
+    ax: Axes, gains: Float[Tensor, "m"] | None, random: Float[Tensor, "directions m"] | None, ylabel: str
+) -> None:
+    """Each latent's gain, in order, above the 5 to 95 % range of random directions; vermilion where it is within."""
+    if gains is None:
+        return _not_run([ax])
+    order = gains.argsort()
+    low, high = (random.nanquantile(q, dim=0)[order] for q in (0.05, 0.95))
+    ax.set(xlabel="latents, in order of their gain", ylabel=ylabel, xticks=[])
+    ax.vlines(range(len(order)), low, high, color=CONTROL, linewidth=3, alpha=0.6)
+    colors = [OURS if beats else POINTED for beats in gains[order] > high]
+    ax.scatter(range(len(order)), gains[order], c=colors, s=16, zorder=3)
+    _note(
+        ax, "random directions, 5 to 95 %", (len(order) - 1, low[-1]), "#6f6f6f", xytext=(0, -6), ha="right", va="top"
+    )
 
 
 # --- chapter 12 -------------------------------------------------------------------------------------------------------
@@ -792,7 +946,7 @@ def board(
     if band is not None:
         ax.axvspan(*band[1], color=SECOND, alpha=0.2, linewidth=1)
         _note(ax, band[0], (band[1][-1], len(groups) - 0.42), SECOND, xytext=(4, 2), va="bottom")
-    for row, found in enumerate(groups.values()):
+    for row, _, found in _rows(ax, groups):
         if missing := [mark["label"].split(" / ")[0] for name, mark in MARKS.items() if found.get(name, 0) is None]:
             text = "not run" if len(missing) == len(MARKS) else f"{', '.join(missing)}: not run"
             at = ax.get_yaxis_transform()
@@ -804,13 +958,10 @@ def board(
                 spanned = [end for end in ends if end is not None and math.isfinite(end)]
                 ax.plot(spanned, [height] * len(spanned), color=mark["color"], linewidth=1.2)
                 ax.plot(at, height, linestyle="", **mark)
-    ax.set_yticks(range(len(groups)), groups)
     ax.margins(x=0.08)
-    ax.set(xlabel=xlabel, ylim=(len(groups) - 0.4, -0.6), **({"xscale": "log"} if log else {"xlim": (0, None)}))
+    ax.set(xlabel=xlabel, **({"xscale": "log"} if log else {"xlim": (0, None)}))
     if log:
-        ax.xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), minor_locator=NullLocator(), major_formatter="{x:g}")
-    ax.grid(axis="x")
-    ax.grid(False, axis="y")
+        _log(ax.xaxis)
     keys = [Line2D([], [], linestyle="", **mark) for mark in MARKS.values()]
     ax.legend(handles=keys, ncols=2, loc="lower left", bbox_to_anchor=(0, 1), handletextpad=0.1, columnspacing=1.4)
 

@@ -39,9 +39,8 @@ def train_tokenizer(profile: Profile) -> PreTrainedTokenizerFast:
     learner = ByteLevelBPETokenizer()
     texts = (document.text for document in documents(profile, "train"))
     learner.train_from_iterator(texts, vocab_size=profile.pretrain.vocab_size, special_tokens=[END])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=learner._tokenizer, bos_token=END, eos_token=END, unk_token=END, pad_token=END
-    )
+    special = dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), END)
+    return PreTrainedTokenizerFast(tokenizer_object=learner._tokenizer, **special)
 
 
 def training_tokens(profile: Profile, tokenizer) -> np.ndarray:
@@ -144,23 +143,15 @@ class Run:
 
     def save(self, path: Path) -> None:
         state = {
-            "identity": self.identity(),
-            "step": self.step,
-            "seconds": self.seconds,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "average": self.average,
-        }
+            "identity": self.identity(), "step": self.step, "seconds": self.seconds, "average": self.average,
+            "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+        }  # fmt: skip
         partial = path.with_suffix(".partial")
         torch.save(state, partial)
         partial.replace(path)
 
     def resume(self, path: Path) -> None:
-        """Continue from a saved state.
-
-        Raises:
-            UserError: the state belongs to another recipe, seed or text.
-        """
+        """Continue from a saved state. Raises UserError: the state belongs to another recipe, seed or text."""
         state = torch.load(path, weights_only=True, map_location=self.device)
         if state["identity"] != self.identity():
             raise UserError(f"{path} was made by another recipe, seed or text: choose another --out, or remove it")
@@ -267,11 +258,8 @@ def _record(run: Run, held_out: Tensor, losses: list[float], out: Path) -> None:
     if run.step in run.recipe.checkpoints:
         folder.parent.mkdir(exist_ok=True)
         export(averaged, folder, {**facts, "recipe": run.recipe.model_dump(mode="json")})
-    line = {
-        **facts,
-        "training_loss": round(float(np.mean(losses)), 4) if losses else None,
-        "seconds": round(run.seconds, 1),
-    }
+    training_loss = round(float(np.mean(losses)), 4) if losses else None
+    line = {**facts, "training_loss": training_loss, "seconds": round(run.seconds, 1)}
     with (out / "log.jsonl").open("a") as log:
         log.write(json.dumps(line) + "\n")
     losses.clear()

@@ -44,7 +44,7 @@ class Docstrings(Section):
     source: Literal["docstrings"]
     packages: dict[str, Package]
     standard_library: bool = True
-    """Whether the standard library feeds training. It differs between Python minors, so it is never evaluated on."""
+    """Whether the standard library feeds training; it differs between Python minors, so it is never evaluated on."""
 
 
 class Local(Section):
@@ -124,8 +124,7 @@ class Pretrain(Section):
 class Recipe(Section):
     """How a sparse autoencoder is trained: one field per ingredient, by default as Gao et al. (2024) have it.
 
-    Sizes (`n_latents`, `k`, `tokens`, `batch`, `k_aux`, `dead_after`) are the profile's: their defaults suit a small
-    model, not the paper's.
+    Sizes (`n_latents`, `k`, `tokens`, `batch`, `k_aux`, `dead_after`) suit a small model, not the paper's.
     """
 
     architecture: Literal["topk", "batchtopk", "relu", "prolu", "gated"] = "topk"
@@ -137,8 +136,7 @@ class Recipe(Section):
     l1: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the sparsity penalty of `relu`, `prolu` and `gated`; TopK needs none (section 2.3)."""
     latent_bias: bool = False
-    """A bias per latent before the selection. The paper's equation has none, the released files do; `relu`, `prolu`
-    and `gated` always have it."""
+    """A bias per latent before the selection. The paper's equation has none, the released files do."""
     normalize: Literal["unit", "layer_norm", "none"] = "unit"
     """Inputs lose their mean over d_model and are divided by their norm (section 2.1), or by their standard deviation
     (`layer_norm`, the released code), or stay as they are."""
@@ -161,8 +159,7 @@ class Recipe(Section):
     clip: PositiveFloat | None = None
     """Largest gradient norm; the paper clips only its GPT-4 runs."""
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.999
-    """Decay of the weight average per step, taken after the step, bias-corrected; the SAE that is kept (appendix A).
-    0 keeps the last weights."""
+    """Decay per step of the weight average, bias-corrected, which is the SAE that is kept (appendix A)."""
     tied_init: bool = True
     """The encoder starts as the transpose of the decoder (appendix A); otherwise as another random matrix."""
     tied: bool = False
@@ -209,8 +206,7 @@ class Activations(Section):
     """Which activations the SAEs see, and how they are mixed."""
 
     positions: tuple[int, int | None] = (0, None)
-    """First and one-past-last token position kept, counted as Python slices are: (1, null) leaves out position 0 (and
-    with it a prepended BOS), (-1, null) keeps only the last. The paper trains on all."""
+    """First and one-past-last position kept, as in Python slices: (1, null) leaves out position 0. The paper's: all."""
     block: PositiveInt = 4096
     """Contexts that are harvested and shuffled together; two such blocks are in memory at a time."""
     cache: bool = False
@@ -255,11 +251,7 @@ class Profile(Section):
     """The SAEs of this profile by name."""
 
     def recipe_of(self, sae: str) -> Recipe:
-        """The recipe of one of `saes`.
-
-        Raises:
-            UserError: no such SAE.
-        """
+        """The recipe of one of `saes`. Raises UserError: no such SAE."""
         if sae not in self.saes:
             has = ", ".join(self.saes) or "none: add a saes section"
             raise UserError(f"profile {self.name!r} has no SAE {sae!r}; it has {has}")
@@ -289,9 +281,8 @@ def _read(name: str | Path) -> tuple[Path, dict]:
     if path.suffix not in {".yml", ".yaml"}:
         path = ROOT / "profiles" / f"{name}.yml"
         if not path.is_file():
-            raise UserError(
-                f"no profile {str(name)!r}: choose one of {', '.join(available())}, or give the path of a .yml file"
-            )
+            known = ", ".join(available())
+            raise UserError(f"no profile {str(name)!r}: choose one of {known}, or give the path of a .yml file")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -316,11 +307,7 @@ def _merged(base: dict, values: dict) -> dict:
 
 
 def override(profile: Profile, values: dict[str, object]) -> Profile:
-    """The profile with some values replaced, each named by its dotted key (`pretrain.steps`), and validated again.
-
-    Raises:
-        UserError: a key that does not exist, or a value that is not allowed there.
-    """
+    """The profile with values replaced by dotted key (`pretrain.steps`). Raises UserError: see `load_profile`."""
     tree = profile.model_dump()
     for key, value in values.items():
         for part in reversed(key.split(".")):

@@ -62,13 +62,7 @@ def in_space(
 
 
 class Ruler:
-    """What errors are divided by under some conventions, from activations that stream by once.
-
-    Args:
-        contexts: raw activations.
-        conventions: which of them will be asked for.
-        first: first position that counts.
-    """
+    """What errors are divided by under some conventions, from raw activations, `first` position on, read once."""
 
     def __init__(
         self,
@@ -151,8 +145,7 @@ def grouped(
 ) -> Groups:
     """Mean of `values` over tokens whose `by` lies from one edge up to the next; groups without tokens are left out.
 
-    Args:
-        edges: ascending; the last group has no upper end, what lies below the first edge is not counted.
+    The last group has no upper end; what lies below the first edge is not counted.
     """
     group = torch.bucketize(by.double(), torch.tensor(edges, dtype=torch.float64), right=True)
     members = [(group == i + 1) if where is None else (group == i + 1) & where for i in range(len(edges))]
@@ -170,17 +163,13 @@ def occurrences(tokens: Int[Tensor, "n pos"], text: Int[Tensor, "m pos"]) -> Flo
 
 
 def plant(
-    x: Float[Tensor, "n pos d_model"],
-    error: Float[Tensor, "n pos"],
-    times: float,
-    exact: float | None = None,
+    x: Float[Tensor, "n pos d_model"], error: Float[Tensor, "n pos"], times: float, exact: float | None = None,
     seed: int = 0,
-) -> tuple[Float[Tensor, "n pos d_model"], Float[Tensor, "n pos"]]:
+) -> tuple[Float[Tensor, "n pos d_model"], Float[Tensor, "n pos"]]:  # fmt: skip
     """Position 0 taken over by a vector `times` as long as the others are on average, and its squared error with it.
 
-    Args:
-        exact: all vectors point the same, random way and lose this share of their squared length. None: they are
-            those from the middle of the contexts, reconstructed as badly as there, both brought to that length.
+    With `exact` all these point the same, random way and lose this share of their squared length; without, they are
+    those from the middle of the contexts, reconstructed as badly as there, both brought to that length.
     """
     x, error = x.double(), error.clone()
     length, middle = times * x[:, 1:].norm(dim=-1).mean(), x.shape[1] // 2

@@ -71,11 +71,9 @@ def result_file(
     published = ROOT / "results" / profile_name / f"{chapter}.json"
 
     def counts(path: Path) -> bool:
-        return (
-            path == published
-            or parameters is None
-            or read(path)["provenance"]["parameters"].items() <= parameters.items()
-        )
+        if path == published or parameters is None:
+            return True
+        return read(path)["provenance"]["parameters"].items() <= parameters.items()
 
     found = [path for path in (fresh and fresh / published.name, published) if path and path.is_file() and counts(path)]
     return max(found, key=lambda path: read(path)["provenance"]["date"], default=None)
@@ -115,10 +113,7 @@ class Report:
 
     @property
     def fresh(self) -> Path | None:
-        """Where the other chapters of this run leave their numbers.
-
-        None below `_build/check`: a re-run that is compared with what is published must read what is published.
-        """
+        """Where the other chapters of this run leave their numbers; None in a re-run that checks what is published."""
         return None if (BUILD / "check") in self.path.resolve().parents else self.path.parent
 
     def stands_on(self, contents: Iterable[dict]) -> None:
@@ -135,8 +130,7 @@ class Report:
 
         Args:
             value: a number, a word, None for "not run", or a list of numbers (a curve: stored, never glued).
-            fmt: format of numbers in the text; whole numbers ignore the default.
-            se: standard error, rendered behind the value by the same format.
+            fmt: format of value and standard error in the text; whole numbers ignore the default.
             n: how many observations stand behind the value.
             unit: for the JSON; prose and captions name their units themselves.
 

@@ -79,11 +79,7 @@ def _read(path: Path) -> Chapter:
 
 
 def select(names: Sequence[str], found: list[Chapter], what: str = "chapter") -> list[Chapter]:
-    """Chapters by number (`01`, `1`) or name (`01_induction`), in the book's order; without names or by `all`, all.
-
-    Raises:
-        UserError: there is no such chapter.
-    """
+    """Chapters by number (`01`, `1`) or name, in the book's order; no names, or `all`: all. UserError: no such one."""
     if not names or "all" in names:
         return found
     chosen = []
@@ -97,11 +93,7 @@ def select(names: Sequence[str], found: list[Chapter], what: str = "chapter") ->
 
 
 def parse_pairs(pairs: Iterable[str]) -> dict[str, object]:
-    """`key=value` texts; a value is JSON (`0.5`, `4e-4`, `true`, `null`, `[1, 2]`), or else a text.
-
-    Raises:
-        UserError: no `=`.
-    """
+    """`key=value` texts; a value is JSON (`4e-4`, `null`, `[1, 2]`), or else a text. Raises UserError: no `=`."""
     values: dict[str, object] = {}
     for pair in pairs:
         key, equals, text = pair.partition("=")
@@ -115,11 +107,7 @@ def parse_pairs(pairs: Iterable[str]) -> dict[str, object]:
 
 
 def check_parameters(chapter: Chapter, values: dict[str, object]) -> None:
-    """Refuse values that the chapter cannot take.
-
-    Raises:
-        UserError: a key the chapter does not have, or a value of another type.
-    """
+    """Raise a UserError where the chapter has no such key, or has it with a value of another type."""
     allowed = [name for name in chapter.parameters if name != "profile"]
     for key, value in values.items():
         if key not in allowed:
@@ -137,7 +125,7 @@ def check_parameters(chapter: Chapter, values: dict[str, object]) -> None:
 def surroundings(profile: Profile) -> list:
     """What all chapters share: profile, versions, and hashes of code, local models and text, and published controls."""
     source, model, text = ROOT / "saelib", profile.model, profile.text
-    files = [path for path in (*source.glob("*.py"), *source.glob("*.mplstyle")) if path.name not in FRAME]
+    files = [path for path in source.glob("*.*") if path.name not in FRAME]
     named = ["book/reported.yml", model.name, model.second_seed, model.checkpoints, getattr(text, "path", None)]
     files += [ROOT / name for name in named if name]
     files += [path for path in (ROOT / "results").glob("*/*.json") if path.parent.name != profile.name]
@@ -171,11 +159,7 @@ class Plan(NamedTuple):
 def plan(
     names: Sequence[str], profile_name: str, pairs: Iterable[str] = (), out: Path | None = None
 ) -> tuple[list[Plan], Path]:
-    """What `run` would do, and the folder it would do it in. Everything a user can get wrong is found here.
-
-    Raises:
-        UserError: a chapter, a profile or a parameter that does not exist, or an impossible output folder.
-    """
+    """What `run` would do, and the folder it would do it in. Raises UserError: whatever a user can get wrong."""
     profile = load_profile(profile_name)
     values, found = parse_pairs(pairs), chapters()
     chosen = select(names, found)
@@ -220,16 +204,12 @@ def _last_run(executed: Path, inputs: str) -> tuple[str, float | None]:
 
 
 def run(
-    names: Sequence[str] = (),
-    profile_name: str = "docstring-gpt",
-    pairs: Iterable[str] = (),
-    out: Path | None = None,
+    names: Sequence[str] = (), profile_name: str = "docstring-gpt", pairs: Iterable[str] = (), out: Path | None = None,
     force: bool = False,
-) -> None:
+) -> None:  # fmt: skip
     """Run chapters that are not done (`force`: all of them) in order, one line each; stop at the first that fails.
 
-    Executed notebooks go to `_build/runs/<profile>` and numbers to `_build/results/<profile>`; with `out`, to `out` and
-    `out/results`.
+    Executed notebooks go to `_build/runs/<profile>`, numbers to `_build/results/<profile>`; or `out`, `out/results`.
 
     Raises:
         UserError: see `plan`; or a cell raised one.
@@ -291,19 +271,14 @@ def _execute(item: Plan, output: Path, results: Path, **environment: str) -> Non
 
 
 def sweep(
-    names: Sequence[str] = (),
-    profile_name: str = "docstring-gpt",
-    pairs: Iterable[str] = (),
-    out: Path | None = None,
-    jobs: int = 1,
-    force: bool = False,
-) -> None:
+    names: Sequence[str] = (), profile_name: str = "docstring-gpt", pairs: Iterable[str] = (), out: Path | None = None,
+    jobs: int = 1, force: bool = False,
+) -> None:  # fmt: skip
     """Run the sweeps of chapters (without names: all there are): the variant notebook, once for each line of the grid.
 
-    Results go to `results/<profile>/NN_sweep/<variant>.json` when their notebook has ended, so a sweep that was stopped
-    goes on where it was. A variant whose line, or base, has changed in the grid is run again; `variant=NAME` in `pairs`
-    runs only that one. With other pairs, or `out`, they go to `results` beside the executed notebooks instead, which
-    stand in `_build/runs/<profile>/NN_sweep`, or in `out/NN_sweep`.
+    Results go to `results/<profile>/NN_sweep/<variant>.json` when their notebook has ended; those whose line of the
+    grid is still the same are not run again. `variant=NAME` in `pairs` runs only that one. With other pairs, or `out`,
+    results go beside the executed notebooks, in `_build/runs/<profile>/NN_sweep` or `out/NN_sweep`.
 
     Raises:
         UserError: a chapter without a sweep, or a variant or parameter that does not exist; or a cell raised one.

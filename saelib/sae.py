@@ -62,16 +62,9 @@ class SAE(nn.Module):
     """
 
     def __init__(
-        self,
-        n_latents: int,
-        d_model: int,
-        k: int | None = None,
-        *,
-        architecture: str = "topk",
-        latent_bias: bool = False,
-        normalize: str = "unit",
-        seed: int = 0,
-    ):
+        self, n_latents: int, d_model: int, k: int | None = None, *, architecture: str = "topk",
+        latent_bias: bool = False, normalize: str = "unit", seed: int = 0,
+    ):  # fmt: skip
         super().__init__()
         self.n_latents, self.d_model, self.k = n_latents, d_model, k
         self.architecture, self.normalize = architecture, normalize
@@ -136,10 +129,9 @@ class SAE(nn.Module):
         raise ValueError(f"unknown architecture {self.architecture!r}")
 
     def _cut(self, pre: Tensor) -> Tensor:
-        """BatchTopK: what a latent must exceed. While training it is the largest value that the batch leaves out.
+        """BatchTopK: what a latent must exceed: in training the largest value that the batch leaves out, then its mean.
 
-        Afterwards it is the moving average of those: of the weights as they were at each step, not of their average.
-        (The paper averages the smallest value that is kept.)
+        A moving average over the steps, that is. (The paper averages the smallest value that is kept.)
         """
         if not self.training:
             return self.threshold
@@ -149,10 +141,7 @@ class SAE(nn.Module):
         return cut.clamp_min(0)
 
     def encode(self, x: Float[Tensor, "*batch d_model"], dense: bool = False) -> Codes:
-        """Latents of raw activations: (values, indices) for TopK, largest first, or all n of them.
-
-        Codes know the mean and scale of their activations, so any number of them can be decoded in any order.
-        """
+        """Latents of raw activations: (values, indices) for TopK, largest first, or all n of them (`dense`)."""
         x, mean, scale = self.normalized(x)
         pre = self.pre_activations(x)
         if not self.sparse:

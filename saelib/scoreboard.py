@@ -61,6 +61,9 @@ MEASURES = {
         "ablation sparsity", "at random tokens", "05_sparsity", ".1f", "%", paper="paper_sparsity_latents"
     ),
     "sparsity_index0": Measure("ablation sparsity", "at token 0", "05_sparsity", ".1f", "%", TABLES["sparsity"]),
+    "probe": Measure("probe loss", "of the label's entropy", "08_probes", ".3f"),
+    "precision": Measure("N2G precision", "", "09_n2g", ".1f", "%"),
+    "recall": Measure("N2G recall", "", "09_n2g", ".1f", "%"),
 }
 """By the name under which a chapter publishes it, followed by `_` and the autoencoder."""
 
@@ -71,8 +74,8 @@ MEASURES = {
 def results(report: Report) -> dict[str, dict[str, dict]]:
     """Results files as profile -> chapter -> content: of all profiles ever published, the report's own first.
 
-    For the report's own profile a chapter of the same run comes before what was published earlier, unless it was given
-    other parameters than its own. What is read is entered into the report's provenance.
+    The report's own profile comes with the chapters of the same run, if these had their own parameters. What is read
+    of it is entered into the report's provenance.
     """
     from saelib import runner  # here, because it imports papermill, and figures import this module
 
@@ -164,14 +167,9 @@ def judge(entry: Mapping, files: Mapping[str, dict]) -> Judged:
     """Apply a claim's rule to what was published under one profile.
 
     The verdict is the first whose conditions all hold; `undecided` where none of them fails, but one is within the
-    noise; `refuted` where for every verdict one fails.
-
-    Raises:
-        UserError: a condition is none.
+    noise; `refuted` where for every verdict one fails. Raises UserError: a condition is none.
     """
-    judged_by = entry.get("chapters", [])
-    if "waits_for" in entry:
-        return Judged(entry["claim"], NOT_RUN, entry["waits_for"], judged_by)
+    judged_by = entry["chapters"]
     quoted = {key: np.mean(one["value"]) / 100 for key, one in all_reported().items() if one["unit"] == "%"}
     published = values_of(files, *judged_by)
     known = {key: {"value": float(middle)} for key, middle in quoted.items()} | published
@@ -193,11 +191,7 @@ def _verdict(rule: Mapping[str, list[str]], known: Mapping[str, dict]) -> str:
 
 
 def names(condition: str) -> set[str]:
-    """The values that a condition names.
-
-    Raises:
-        UserError: it is not two terms with < or > between them.
-    """
+    """The values that a condition names. Raises UserError: it is not two terms with < or > between them."""
     try:
         tree = ast.parse(condition, mode="eval")
     except SyntaxError:

@@ -211,11 +211,7 @@ def _changes(
 
 
 def drawn(n: int, length: int, generator: torch.Generator, first: int = 0) -> Int[Tensor, "n"]:
-    """One random token in each of `n` contexts of a length, from `first` on, with a window after it.
-
-    Raises:
-        UserError: the contexts are too short.
-    """
+    """A random token in each of `n` contexts, from `first` on, a window after it. Raises UserError: too short."""
     _check_window(length, torch.tensor([first]))
     return torch.randint(first, length - WINDOW + 1, (n,), generator=generator)
 
@@ -225,10 +221,8 @@ def _check_window(length: int, index: Int[Tensor, "n"]) -> None:
         raise UserError("no contexts to switch anything off in: ask for at least one")
     low, high = int(index.min()), int(index.max())
     if low < 0 or high + WINDOW > length:
-        raise UserError(
-            f"{WINDOW} tokens from index {high if low >= 0 else low} on do not fit into contexts of {length}: "
-            "take longer contexts, or another index"
-        )
+        window = f"{WINDOW} tokens from index {high if low >= 0 else low} on"
+        raise UserError(f"{window} do not fit into contexts of {length}: take longer contexts, or another index")
 
 
 class _Above:
@@ -286,10 +280,7 @@ def of_sae(
 ) -> Effects:
     """`effects` of an SAE's active latents, subtracted from the true activation; or, `edit`, from its reconstruction.
 
-    With `edit` the reconstruction stands at every token of the context, before and after.
-
-    Raises:
-        UserError: an SAE of another width; or see `effects`.
+    With `edit` the reconstruction stands at every token. Raises UserError: an SAE of another width; or see `effects`.
     """
     if sae.d_model != model.cfg.d_model:
         raise UserError(f"the SAE reads {sae.d_model} dimensions, not {model.cfg.d_model}: choose one of this model")

@@ -42,11 +42,7 @@ class Prefix(NamedTuple):
 
 @torch.no_grad()
 def prefix(model, hook: str, tokens: Int[Tensor, "n pos"]) -> Prefix:
-    """Run the layers up to a hook.
-
-    Raises:
-        UserError: no such hook, one that is in no block, or one without a vector for each token.
-    """
+    """Run the layers up to a hook. Raises UserError: no such hook, in no block, or without a vector for each token."""
     above = layer_above(model, hook)
     if above is None:
         raise UserError(f"hook {hook!r} is in no block: name one that is, such as blocks.0.hook_resid_post")
@@ -145,10 +141,9 @@ def _replaced(name: str, variant: Variant, x: Float[Tensor, "n pos d_model"]) ->
 def _compared(
     model, runs: Float[Tensor, "run n pos d_model"], tokens: Int[Tensor, "n pos"]
 ) -> Float[Tensor, "measure run n pos"]:
-    """Cross-entropy, KL and agreement of each run, the first of which is the untouched one.
+    """Cross-entropy (of no use at a context's last token), KL and agreement of each run, the untouched one first.
 
-    A few tokens at a time, so that logits stay in the cache and are never all there at once. Cross-entropy of a
-    context's last token is of no use: what comes next is not known.
+    A few tokens at a time, so that logits stay in the cache and are never all there at once.
     """
     rows = max(64, LOGITS[tokens.device.type] // model.cfg.d_vocab)  # fewer would only wait for the unembedding
     following = tokens.roll(-1, 1).flatten().split(rows)

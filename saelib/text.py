@@ -1,14 +1,11 @@
 """Token batches from text: the docstring corpus, a local file or folder, or any Hugging Face data set.
 
-One interface, three sources: `documents` yields them, `contexts` and `token_batches` turn any of them into
-`Int[Tensor, "batch context"]`.
+`documents` yields them, `contexts` and `token_batches` turn them into `Int[Tensor, "batch context"]`.
 
-The docstring corpus is what every installation already holds: the docstrings of pinned packages, parsed with
-`ast` and never imported. Which split a docstring belongs to follows from the path of its module file. Texts that
-are equal once identifiers and digits are masked count as near-copies; a near-copy of a test text is dropped
-from validation and training, one of a validation text from training. So no whole docstring stands in two splits
-(single paragraphs do: packages repeat themselves), and validation and test can be harvested without parsing the
-training files.
+The docstring corpus is what every installation already holds: the docstrings of pinned packages, parsed with `ast` and
+never imported. Their split follows from the path of the module file. Texts that are equal once identifiers and digits
+are masked count as near-copies: those of test texts are dropped from validation and training, those of validation texts
+from training. So no whole docstring stands in two splits (paragraphs do: packages repeat themselves).
 """
 
 from __future__ import annotations
@@ -76,17 +73,12 @@ def _check_version(package: str, pinned: Package) -> None:
     except importlib.metadata.PackageNotFoundError:
         installed = "none"
     if installed != pinned.version:
-        raise UserError(
-            f"the corpus expects {pinned.distribution or package}=={pinned.version} but {installed} is installed: "
-            "install requirements.lock"
-        )
+        wanted = f"{pinned.distribution or package}=={pinned.version}"
+        raise UserError(f"the corpus expects {wanted} but {installed} is installed: install requirements.lock")
 
 
 def _source_files(config: Docstrings, split: str) -> Iterator[tuple[str, str, Path]]:
-    """(package, path within the package's parent, file) for the module files of one split, in a fixed order.
-
-    Packages without a fingerprint, and the standard library, feed training only.
-    """
+    """(package, path within the package's parent, file) for the module files of one split, in a fixed order."""
     for package, pinned in sorted(config.packages.items()):
         _check_version(package, pinned)
         folder = Path(importlib.util.find_spec(package).origin).parent  # found without importing it
@@ -143,7 +135,7 @@ def _read_split(config: Docstrings, split: str) -> list[Document]:
 def harvest(config: Docstrings, split: str) -> list[Document]:
     """Docstrings of one split, near-copies of an earlier split (test before validation before training) left out.
 
-    Deterministic for given package versions, cached under `_build/cache` (written to a temporary name, then renamed).
+    Deterministic for given package versions, cached under `_build/cache`.
 
     Raises:
         UserError: a package is missing, of another version, or its evaluation docstrings differ from the fingerprint.
@@ -172,21 +164,16 @@ def _without(found: list[Document], earlier: list[Document]) -> list[Document]:
 
 
 def check_fingerprints(config: Docstrings, evaluation: Iterable[Document]) -> None:
-    """Compare the start of the SHA-256 over each package's test and validation docstrings with the profile's.
-
-    Raises:
-        UserError: a package holds other docstrings than it did when the profile was written.
-    """
+    """Raise a UserError where a package's test and validation docstrings do not have the profile's SHA-256 (start)."""
     digests = {package: hashlib.sha256() for package, pinned in config.packages.items() if pinned.fingerprint}
     for document in evaluation:
         digests[document.package].update(f"{document.name}\0{document.text}\0".encode())
     for package, digest in digests.items():
         found, pinned = digest.hexdigest()[:16], config.packages[package]
         if found != pinned.fingerprint:
-            raise UserError(
-                f"the docstrings of {package} differ from the profile's (found {found}, not {pinned.fingerprint}): "
-                f"reinstall {pinned.distribution or package}=={pinned.version} unmodified"
-            )
+            cure = f"reinstall {pinned.distribution or package}=={pinned.version} unmodified"
+            differ = f"differ from the profile's (found {found}, not {pinned.fingerprint})"
+            raise UserError(f"the docstrings of {package} {differ}: {cure}")
 
 
 def _cache(config: Docstrings, split: str) -> Path:
@@ -228,9 +215,8 @@ def _hub_rows(config: HuggingFace, split: str, seed: int | None) -> Iterator[dic
     except (OSError, ValueError) as error:  # unreachable, unknown name, unknown configuration or split
         raise UserError(f"cannot open data set {config.name!r}: {' '.join(str(error).split())}") from error
     if config.column not in (rows.column_names or [config.column]):
-        raise UserError(
-            f"data set {config.name!r} has no column {config.column!r}; it has {', '.join(rows.column_names)}"
-        )
+        has = ", ".join(rows.column_names)
+        raise UserError(f"data set {config.name!r} has no column {config.column!r}; it has {has}")
     n = config.evaluation_documents
     rows = rows.skip(2 * n) if split == "train" else (rows if split == "validation" else rows.skip(n)).take(n)
     yield from rows if seed is None else rows.shuffle(seed=seed, buffer_size=10_000)
@@ -277,14 +263,12 @@ def token_batches(
 ) -> Iterator[Int[Tensor, "batch context"]]:
     """Full batches of contexts packed from the documents of one split, in one pass.
 
-    Documents follow each other, separated by the end-of-text token, and are cut every `context` tokens
-    (the profile's `context_length` unless given). With `prepend_bos` each context starts with that token.
+    Documents follow each other, separated by the end-of-text token, and are cut every `context` tokens (by default the
+    profile's `context_length`). With `prepend_bos` each context starts with that token.
     """
-    context = context or profile.context_length
     bos = [tokenizer.bos_token_id] if profile.prepend_bos else []
-    body = context - len(bos)
-    buffer: list[int] = []
-    rows: list[list[int]] = []
+    body = (context or profile.context_length) - len(bos)
+    buffer, rows = [], []
     for ids in _token_stream(profile, tokenizer, split, seed):
         buffer.extend(ids)
         while len(buffer) >= body:
@@ -298,14 +282,9 @@ def token_batches(
 def contexts(
     profile: Profile, tokenizer, split: str, n: int, *, context: int | None = None, seed: int | None = 0
 ) -> Int[Tensor, "n context"]:
-    """The first `n` contexts of `token_batches`.
-
-    Raises:
-        UserError: the split holds fewer.
-    """
+    """The first `n` contexts of `token_batches`. Raises UserError: the split holds fewer."""
     found = next(token_batches(profile, tokenizer, split, batch=n, context=context, seed=seed), None)
     if found is None:
-        raise UserError(
-            f"the {split} text of profile {profile.name!r} holds fewer than {n} contexts: ask for fewer, or add text"
-        )
+        shown = f"the {split} text of profile {profile.name!r}"
+        raise UserError(f"{shown} holds fewer than {n} contexts: ask for fewer, or add text")
     return found

@@ -97,10 +97,8 @@ def start(recipe: Recipe, d_model: int, seed: int, sample: Float[Tensor, "n d_mo
 class Trainer:
     """One training run: the SAE, its optimizer, its average, and its count of what is dead.
 
-    Args:
-        recipe, d_model, seed: what is trained.
-        sample: raw activations; they set the pre-bias and the loss's constant.
-        world: the other processes of a distributed run; this one then holds its part of the latents only.
+    `sample`, raw activations, sets the pre-bias and the loss's constant. With `world`, the other processes of a
+    distributed run, this one holds its part of the latents only.
     """
 
     def __init__(
@@ -133,9 +131,7 @@ class Trainer:
         adam = ops.Adam(rate, recipe.beta1, recipe.beta2, recipe.eps, recipe.ema, self.n_steps, scale)
         for p, moments, average in zip(self.trained, self.moments, self.average, strict=True):
             decoder = p is sae.W_dec
-            ops.update(
-                p, *moments, average, adam, project=decoder and recipe.project, unit=decoder and recipe.unit_norm
-            )
+            ops.update(p, *moments, average, adam, decoder and recipe.project, decoder and recipe.unit_norm)
         if recipe.tied:
             sae.W_enc.data.copy_(sae.W_dec)
         self.since_fired += len(x) * self.world.parts
@@ -166,10 +162,7 @@ class Trainer:
 
     @torch.no_grad()
     def averaged(self) -> SAE:
-        """The whole SAE with the bias-corrected average of its weights, decoder rows of norm 1: the one to keep.
-
-        Before the first step, that is where it starts. On every process of a distributed run, gathered from all shards.
-        """
+        """The SAE to keep, gathered from all shards: bias-corrected average of the weights, decoder rows of norm 1."""
         names = [name for name, p in self.sae.named_parameters() if any(p is trained for trained in self.trained)]
         values, share = (self.average, 1 - self.recipe.ema**self.n_steps) if self.n_steps else (self.trained, 1.0)
         averages = dict(zip(names, values, strict=True))
@@ -219,11 +212,7 @@ def processes() -> Iterator[None]:
 
 @torch.no_grad()
 def part_of(whole: SAE, world: World) -> SAE:
-    """The SAE with only this process's latents.
-
-    Raises:
-        UserError: latents that cannot be shared out evenly, or an architecture that trains in one process only.
-    """
+    """The SAE with only this process's latents. Raises UserError where they cannot be shared out."""
     if world.shards * world.parts == 1:
         return whole
     if not whole.sparse:
@@ -264,11 +253,7 @@ def where(profile: Profile, name: str) -> Path:
 
 
 def load_sae(profile: Profile, name: str, model=None) -> SAE:
-    """An SAE of the profile, as it was shipped or trained; with `model`, checked against it.
-
-    Raises:
-        UserError: there is no such SAE, or it is not trained yet.
-    """
+    """An SAE of the profile; with `model`, checked against it. Raises UserError: no such SAE, or not trained yet."""
     from saelib.formats import load
 
     path = where(profile, name)
@@ -293,10 +278,9 @@ def source_of(profile: Profile, model) -> Source:
 
 
 def train(profile: Profile, name: str, out: Path, **how) -> SAE:
-    """Train one of the profile's SAEs, and leave it in `out` (our format, float16) with its log.
+    """Train one of the profile's SAEs by `fit`, and leave it in `out` (our format, float16) with its log.
 
-    `how` goes to `fit`. The SAE's facts say which model, text and recipe it comes from, and how well it does on the
-    validation text.
+    Its facts say which model, text and recipe it comes from, and how well it does on the validation text.
     """
     from saelib.formats import save
     from saelib.metrics import activations, evaluate
@@ -328,15 +312,9 @@ def train(profile: Profile, name: str, out: Path, **how) -> SAE:
 
 
 def fit(
-    source: Source,
-    recipe: Recipe,
-    seed: int = 0,
-    *,
-    out: Path | None = None,
-    resume: bool = False,
-    tensorboard: bool = False,
-    shards: int = 1,
-) -> tuple[SAE, list[dict]]:
+    source: Source, recipe: Recipe, seed: int = 0, *, out: Path | None = None, resume: bool = False,
+    tensorboard: bool = False, shards: int = 1,
+) -> tuple[SAE, list[dict]]:  # fmt: skip
     """Train one SAE. Returns it (the averaged weights) with its log, one line for every `LOG_EVERY` steps.
 
     Args:
@@ -347,8 +325,7 @@ def fit(
         shards: processes that share the latents, of those that torchrun started; the others share out the tokens.
 
     Raises:
-        UserError: `out` holds an SAE, another run, or one that is not to be resumed; a loss or weights that are not
-            finite.
+        UserError: `out` holds an SAE, another run, or one not to be resumed; a loss or weights are not finite.
     """
     if out is not None:
         _refuse_taken(out, resume)
@@ -362,13 +339,6 @@ def fit(
     if resume:
         record.resume()
     record.begin()
-    _go_on(trainer, source, seed, record)
-    return trainer.averaged(), record.lines
-
-
-def _go_on(trainer: Trainer, source: Source, seed: int, record: Record) -> None:
-    """The steps that are left."""
-    recipe, world = trainer.recipe, trainer.world
     share = recipe.batch // world.parts
     shown = {"disable": True} if world.rank else {}  # left alone, $TQDM_DISABLE decides
     with (
@@ -378,6 +348,7 @@ def _go_on(trainer: Trainer, source: Source, seed: int, record: Record) -> None:
         while trainer.n_steps < recipe.steps:
             terms = trainer.step(next(batches)[world.part * share :][:share])
             record.add(terms, bar)
+    return trainer.averaged(), record.lines
 
 
 def _refuse_taken(out: Path, resume: bool) -> None:
@@ -416,12 +387,12 @@ class Record:
                 self._save()
 
     def _insist(self, what: str, finite: bool) -> None:
-        trainer = self.trainer
-        if not finite:
-            raise UserError(
-                f"{what} not finite at step {trainer.n_steps} (batch {trainer.n_steps - 1}); {self._last()}: "
-                f"lower recipe.lr (now {trainer.recipe.rate:.2g}), or set recipe.clip=1"
-            )
+        if finite:
+            return
+        steps, now, rate = self.unfinished(), self.trainer.n_steps, self.trainer.recipe.rate
+        last = f"the last good state is {self._path(steps[-1], 0)}" if steps else "no state was saved before it"
+        cure = f"lower recipe.lr (now {rate:.2g}), or set recipe.clip=1"
+        raise UserError(f"{what} not finite at step {now} (batch {now - 1}); {last}: {cure}")
 
     def _line(self, bar: tqdm) -> None:
         trainer = self.trainer
@@ -468,9 +439,8 @@ class Record:
         if self.out is None:
             return []
         size = self.trainer.world.size
-        names = [f"state-*-{rank}of{size}.pt" for rank in range(size)]
-        steps = [{int(path.name[6:14]) for path in self.out.glob(name)} for name in names]
-        return sorted(set.intersection(*steps))
+        found = (self.out.glob(f"state-*-{rank}of{size}.pt") for rank in range(size))
+        return sorted(set.intersection(*({int(path.name[6:14]) for path in paths} for paths in found)))
 
     def resume(self) -> None:
         """Load the newest state, if there is one."""
@@ -485,10 +455,8 @@ class Record:
         except Exception as error:  # whatever a damaged file provokes
             raise UserError(f"{path} is damaged: remove it, and start again") from error
         if state["identity"] != self.identity:
-            raise UserError(
-                f"{self.out} was made with another recipe, seed, data or number of processes: "
-                "choose another --out, or remove it"
-            )
+            other = "another recipe, seed, data or number of processes"
+            raise UserError(f"{self.out} was made with {other}: choose another --out, or remove it")
         self.lines, self.seconds = state["lines"], state["seconds"]
         self.trainer.restore(state)
 
@@ -501,10 +469,6 @@ class Record:
         partial = self.out / "log.partial"
         partial.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
         partial.replace(self.out / "log.jsonl")
-
-    def _last(self) -> str:
-        steps = self.unfinished()
-        return f"the last good state is {self._path(steps[-1], 0)}" if steps else "no state was saved before it"
 
 
 def _board(out: Path | None):

@@ -14,6 +14,7 @@ from saelib.checkpoints import Equivalent
 from saelib.induction import Head, History, looks
 from saelib.metrics import Estimate
 from saelib.reconstruction import Groups, Norms
+from saelib.scaling import Joint, Power
 from saelib.scoreboard import Reading
 
 SCORES = torch.tensor([[0.01, 0.02], [0.03, 0.8]])
@@ -349,6 +350,32 @@ def test_shares_end_in_an_arrow_where_they_are_open(ax):
     assert [line.get_marker() for line in ax.lines].count(">") == 1
 
 
+# --- chapter 07 -------------------------------------------------------------------------------------------------------
+
+RUNS = pd.DataFrame(
+    {"n": [128, 256] * 2, "k": [4, 4, 8, 8], "mse": [0.4, 0.3, 0.3, 0.2], "converged": [True, False] * 2}
+)
+POINTS = pd.DataFrame({"n": [128, 128, 256], "seed": 0, "tokens": [1e5, 1e6, 1e6], "mse": [0.5, 0.4, 0.3]})
+
+
+def test_learning_curves_name_their_sizes_and_show_the_live_run(ax):
+    plot.learning_curves(ax, POINTS, "tokens", RUNS[RUNS.k == 4], live=POINTS[:1], law=Power(0.0, 0.1))
+    assert {"128", "256", "live"} <= set(words(ax).split())
+    rings = [line for line in ax.lines if line.get_markerfacecolor() == "white"]
+    assert [line.get_ydata()[0] for line in rings] == [0.3]
+
+
+def test_error_by_size_keeps_a_vanishing_floor_out_of_the_picture(ax):
+    plot.error_by_size(ax, RUNS, Joint(0.0, -0.1, -0.2, 0.0, -60.0, 0.0))
+    assert "k = 8" in words(ax) and ax.get_ylim()[0] > 0.01
+
+
+def test_without_a_sweep_scaling_figures_say_so(ax):
+    plot.learning_curves(ax, POINTS[:0], "flops", RUNS[:0])
+    plot.error_by_size(ax, RUNS[:0], None)
+    assert "not run" in words(ax)
+
+
 # --- chapter 12 -------------------------------------------------------------------------------------------------------
 
 
@@ -396,3 +423,36 @@ def test_sparsity_curves_begin_at_zero(ax):
     assert [tick.get_text() for tick in ax.get_xticklabels()] == ["0", "1", "32"]
     assert ax.get_ylim()[0] == 0 and ax.get_ylim()[1] == pytest.approx(0.648)
     assert len(ax.lines) == 3 and "latents" in words(ax) and "channels" not in words(ax)
+
+
+def test_against_random_marks_what_is_no_better(ax):
+    random = torch.linspace(-1, 1, 21)[:, None].expand(21, 3)
+    plot.against_random(ax, torch.tensor([2.0, 0.5, 3.0]), random, "gain")
+    assert [round(y, 6) for _, y in ax.collections[1].get_offsets().tolist()] == [0.5, 2.0, 3.0], "in order"
+    assert [to_hex(c).lower() for c in ax.collections[1].get_facecolors()] == [
+        plot.POINTED.lower(), plot.OURS.lower(), plot.OURS.lower(),
+    ]  # fmt: skip
+    assert ax.collections[0].get_segments()[0][:, 1].tolist() == pytest.approx([-0.9, 0.9])
+    plot.against_random(nothing := plt.subplots()[1], None, None, "gain")
+    assert "not run" in words(nothing)
+
+
+def test_probe_tasks_are_in_order_of_the_first_list(ax):
+    values = {"latent": [0.8, 0.2], "channel": [0.9, 0.7], "token": None, "all": [0.5, 0.1]}
+    plot.probe_tasks(ax, ["URL", "number"], values)
+    assert [tick.get_text() for tick in ax.get_yticklabels()] == ["number", "URL"]
+    assert [list(line.get_xdata()) for line in ax.lines[1:]] == [[0.2, 0.8], [0.7, 0.9], [0.1, 0.5]]
+
+
+def test_probe_sweep_has_a_line_per_k_and_one_along_the_run():
+    rows = [(n, k, 0, 9, 1 / n, 0.01, True, k == 4) for n in (128, 256) for k in (4, 8)]
+    rows += [(256, 8, 0, 3, 0.9, 0.01, False, False)]
+    table = pd.DataFrame(rows, columns=["n", "k", "seed", "tokens", "value", "se", "end", "alone"]).query(
+        "n + k != 136"
+    )
+    axes = plt.subplots(1, 2)[1]
+    plot.probe_sweep(axes, table)
+    assert [list(line.get_xdata()) for line in axes[0].lines] == [[128, 256], [256]]
+    assert list(axes[1].lines[0].get_ydata()) == [0.9, 1 / 256] and "k = 8" in words(axes[0])
+    plot.probe_sweep(axes := plt.subplots(1, 2)[1], table.iloc[:0])
+    assert "not run" in words(axes[0])

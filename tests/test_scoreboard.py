@@ -19,7 +19,6 @@ from saelib.report import Report, result_file
 from saelib.scoreboard import MEASURES, NOT_RUN, ROLES, Reading
 
 CLAIMS = yaml.safe_load(scoreboard.CLAIMS.read_text())
-RULED = {name: entry for name, entry in CLAIMS.items() if "waits_for" not in entry}
 WORDS = ("reproduced", "explained", "undecided")
 HEAD = {"best_induction_score": 0.7, "threshold": 0.3, "ablation_drop": 0.4, "ablation_drop_largest": 0.2,
         "patch_induction_head": 0.8, "patch_other_head": 0.1}  # fmt: skip
@@ -38,6 +37,9 @@ HOME = {"mse_chapter": 0.2, "mse_small": 0.07, "delta_chapter": 0.5, "delta_smal
         "whole_mse": 0.08}  # fmt: skip
 RAW = {"raw_inputs_added": 0.003, "raw_inputs_added_se": 0.0003, "raw_pre_bias_added": 0.3,
        "raw_pre_bias_added_se": 0.03}  # fmt: skip
+PROBES = {"probe_small": 0.6, "probe_small_se": 0.01, "probe_random": 0.8, "probe_random_se": 0.01}
+BILL = {"params_16m": 275e9, "ratio_16m_model": 3.0}
+STEERED = {"steered_gain_small": 1.0, "steered_gain_small_se": 0.1, "steered_gain_random": 0.3}
 PLANTED = [
     ("J1", HEAD, "reproduced"),
     ("J1", HEAD | {"ablation_drop": 0.1}, "refuted"),
@@ -60,6 +62,11 @@ PLANTED = [
     ("J6", {"monotone_probability": 0.2, "monotone_p": 0.01}, "refuted"),
     ("J7", {"journal_way_inside": 0.97}, "reproduced"),
     ("J7", {"journal_way_inside": 0.4}, "refuted"),
+    ("J8", PROBES | {"probe_small": 0.9}, "reproduced"),
+    ("J8", PROBES, "refuted"),
+    ("J8", PROBES | {"probe_small": 0.79}, "undecided"),
+    ("J9", {"n2g_recovered_small": 0.3}, "reproduced"),
+    ("J9", {"n2g_recovered_small": 0.8}, "refuted"),
     ("J10", SPARSE, "reproduced"),
     ("J10", SPARSE | {"sparsity_index0_small": 0.3, "sparsity_small": 0.13}, "refuted"),
     ("J10", SPARSE | {"sparsity_index0_small": 0.14, "sparsity_small": 0.13}, "undecided"),
@@ -79,6 +86,12 @@ PLANTED = [
     ("J15", HOME, "reproduced"),
     ("J15", HOME | {"mse_chapter": 0.08, "journal_added": 0.5}, "explained"),
     ("J15", HOME | {"mse_chapter": 0.08}, "refuted"),
+    ("J16", BILL, "reproduced"),
+    ("J16", BILL | {"ratio_16m_model": 0.1}, "explained"),
+    ("J16", BILL | {"params_16m": 1e9}, "refuted"),
+    ("J17", STEERED, "reproduced"),
+    ("J17", STEERED | {"steered_gain_small": -0.1}, "refuted"),
+    ("J17", STEERED | {"steered_gain_small": 0.31}, "undecided"),
     ("J18", RAW, "reproduced"),
     ("J18", RAW | {"raw_inputs_added": -0.003}, "refuted"),
     ("J18", RAW | {"raw_inputs_added": 0.0005}, "undecided"),
@@ -130,30 +143,30 @@ def report_in(monkeypatch, tmp_path):
 # --- verdicts ---------------------------------------------------------------------------------------------------------
 
 
-def test_every_claim_of_the_journal_has_a_rule_or_a_reason():
+def test_every_claim_of_the_journal_has_a_rule():
     assert list(CLAIMS) == [f"J{number}" for number in range(1, 19)]
     page = (ROOT / "book" / "journal.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| (J\d+) \| [^|]+ \| ([^|]+) \|", page, re.M)
     assert rows == [(name, entry["claim"]) for name, entry in CLAIMS.items()], "what is judged is what the table says"
     for name, entry in CLAIMS.items():
-        keys = {"waits_for"} if name not in RULED else {"chapters", "facts", "reproduced"}
-        assert {"claim", *keys} <= entry.keys() <= {"claim", *keys, "explained", "undecided", "changed"}, name
+        keys = {"claim", "chapters", "facts", "reproduced"}
+        assert keys <= entry.keys() <= keys | {"explained", "undecided", "changed"}, name
 
 
 def test_planted_values_reach_every_verdict_that_a_rule_can_give():
-    for name, entry in RULED.items():
+    for name, entry in CLAIMS.items():
         possible = {"reproduced", "refuted"} | (set(WORDS) & entry.keys())
         assert {verdict for claim, _, verdict in PLANTED if claim == name} >= possible, name
 
 
 @pytest.mark.parametrize(("claim", "values", "verdict"), PLANTED)
 def test_rules(claim, values, verdict):
-    assert scoreboard.judge(RULED[claim], files(RULED[claim]["chapters"], **values)).verdict == verdict
+    assert scoreboard.judge(CLAIMS[claim], files(CLAIMS[claim]["chapters"], **values)).verdict == verdict
 
 
 @pytest.mark.parametrize(("claim", "values"), {claim: values for claim, values, _ in PLANTED}.items())
 def test_a_value_that_is_missing_or_none_makes_it_not_run_and_is_named(claim, values):
-    entry = RULED[claim]
+    entry = CLAIMS[claim]
     conditions = [condition for word in WORDS for condition in entry.get(word, [])]
     needed = set().union(*map(scoreboard.names, conditions)) - scoreboard.all_reported().keys()
     assert needed == {name for name in values if not name.endswith("_se")}, "what is planted is what the rule names"
@@ -418,7 +431,7 @@ def test_links_lead_to_chapters_that_are_there():
 def test_measures_and_claims_name_chapters_of_the_book():
     planned = {"02_reconstruction", "03_delta_loss", "04_checkpoints", "05_sparsity"}
     named = {measure.chapter for measure in MEASURES.values()} | {
-        c for entry in RULED.values() for c in entry["chapters"]
+        c for entry in CLAIMS.values() for c in entry["chapters"]
     }
     assert named <= planned | {path.stem for path in (ROOT / "notebooks").glob("*.ipynb")}
 
