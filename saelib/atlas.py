@@ -21,13 +21,18 @@ from jaxtyping import Float, Int
 from scipy.sparse import csc_array, csr_array, vstack
 from torch import Tensor
 
+from saelib import sparsity
+from saelib.activations import SUB_BATCH
 from saelib.metrics import Estimate, activations, mean, pieces
 from saelib.profile import BUILD, Profile, write
+from saelib.report import stored as published
 from saelib.sae import SAE, Codes
 from saelib.text import Document
 
 MATCH = 0.7
 """Decoder cosine from which on two latents count as partners."""
+OFTEN = 10
+"""Firings from which on the company that a latent keeps is judged."""
 BEFORE, AFTER = 20, 12
 """Tokens of an excerpt before its strongest one and from it on: 32 in all, of the 40 that we allow ourselves."""
 BINS = 2.0 ** (np.arange(-40, 41) / 4)
@@ -46,9 +51,9 @@ TEMPLATE = Path(__file__).with_suffix(".html")
 
 @torch.no_grad()
 def firings(
-    profile: Profile, model, tokens: Int[Tensor, "n pos"], saes: Mapping[str, SAE | None]
+    profile: Profile, model, tokens: Int[Tensor, "n context"], saes: Mapping[str, SAE | None]
 ) -> dict[str, csc_array | None]:
-    """What each SAE makes of every token: a matrix [n * pos, n_latents] of its values above 0.
+    """What each SAE makes of every token at the profile's positions: a matrix [n * pos, n_latents] of values above 0.
 
     Raises:
         UserError: an SAE of another width.
@@ -81,9 +86,8 @@ def facts(fired: csc_array) -> pd.DataFrame:
     return pd.DataFrame(columns, index=pd.Index(which, name="latent"))
 
 
-def rates(fired: csc_array) -> Float[Tensor, "n_latents"]:
-    """Share of the tokens on which each latent is on."""
-    return torch.from_numpy(np.diff(fired.indptr)) / fired.shape[0]
+def _entries(fired: csc_array, latent: int) -> slice:
+    return slice(fired.indptr[latent], fired.indptr[latent + 1])
 
 
 def histogram(fired: csc_array, latent: int) -> Int[np.ndarray, "bins"]:
@@ -91,8 +95,10 @@ def histogram(fired: csc_array, latent: int) -> Int[np.ndarray, "bins"]:
     return np.histogram(fired.data[_entries(fired, latent)].clip(BINS[0], BINS[-1]), BINS)[0]
 
 
-def _entries(fired: csc_array, latent: int) -> slice:
-    return slice(fired.indptr[latent], fired.indptr[latent + 1])
+def _table(fired: csc_array) -> pd.DataFrame:
+    """One row per firing: latent, token, value. A latent's are together, in the order of the text."""
+    latent = np.repeat(np.arange(fired.shape[1]), np.diff(fired.indptr))
+    return pd.DataFrame({"latent": latent, "token": fired.indices, "value": fired.data})
 
 
 class Moments(NamedTuple):
@@ -106,21 +112,61 @@ class Moments(NamedTuple):
 
 def moments(fired: csc_array, length: int, n: int = 5, seed: int = 0) -> Moments:
     """Where to look at each latent: in its `n` top contexts of `length` tokens, and in `n` random others."""
-    latent = np.repeat(np.arange(fired.shape[1]), np.diff(fired.indptr))
-    order = np.lexsort((fired.indices, -fired.data, latent))  # of equals, the first in the text
-    pairs = latent[order].astype(np.int64) * fired.shape[0] + fired.indices[order] // length
-    order = order[np.sort(np.unique(pairs, return_index=True)[1])]  # one token of each context, the strongest
-    latent, token = latent[order], fired.indices[order]
-    first = np.searchsorted(latent, latent)
-    place = np.arange(len(latent)) - first
-    lots = np.random.default_rng(seed).random(len(latent)) - (place < n)  # the top ones first: they drop out
-    drawn = np.lexsort((lots, latent))
-    rest = drawn[(place >= n) & (place < 2 * n)]
-    return Moments(*(_grouped(latent[which], token[which]) for which in (place < n, rest)))
+    table = _table(fired).assign(context=fired.indices // length)
+    table = table.sort_values(["latent", "value"], ascending=[True, False], kind="stable", ignore_index=True)
+    table = table.drop_duplicates(["latent", "context"])
+    top = table.groupby("latent").head(n)
+    sampled = table.drop(top.index).sample(frac=1, random_state=seed).groupby("latent").head(n)
+    return Moments(*(some.groupby("latent").token.agg(list).to_dict() for some in (top, sampled)))
 
 
-def _grouped(latent: np.ndarray, token: np.ndarray) -> dict[int, list[int]]:
-    return pd.Series(token).groupby(latent).agg(list).to_dict()
+@torch.no_grad()
+def ablated(
+    profile: Profile, model, tokens: Int[Tensor, "n context"], sae: SAE, fired: csc_array,
+    which: Sequence[int] | None = None, n: int = 8, seed: int = 0,
+) -> pd.DataFrame:  # fmt: skip
+    """Ablation sparsity (section 4.5) of some latents (None: all), each switched off at up to `n` random firings.
+
+    One row per latent: `sparsity`, its standard error `se`, and at how many `times`. The lots are drawn for tokens, so
+    that latents share some and the model runs fewer times. Latents that are on only where no window follows are left
+    out.
+    """
+    first, length = profile.activations.positions[0], fired.shape[0] // len(tokens)
+    table = _table(fired)[["latent", "token"]]
+    column = first + table.token % length
+    fits = column <= tokens.shape[1] - sparsity.WINDOW
+    table = table[fits if which is None else fits & table.latent.isin(which)]
+    lots = np.random.default_rng(seed).permutation(fired.shape[0])
+    table = table.assign(column=column, lot=lots[table.token]).sort_values("lot").groupby("latent").head(n)
+    found = []
+    for at, here in table.groupby("column"):
+        rows, place = np.unique(here.token // length, return_inverse=True)
+        wanted = csr_array((np.ones(len(here), bool), (place, here.latent)), shape=(len(rows), sae.n_latents))
+        size = SUB_BATCH[next(model.parameters()).device.type] // tokens.shape[1]
+        for start in range(0, len(rows), max(1, size)):  # no more than `sparsity.effects` takes at once
+            few = slice(start, start + max(1, size))
+            effects = sparsity.effects(model, profile.hook, tokens[rows[few]], int(at), _only(sae, wanted[few]))
+            values = {"latent": effects.ids[effects.on], "sparsity": effects.sparsity()[effects.on]}
+            found.append(pd.DataFrame({name: value.numpy() for name, value in values.items()}))
+    groups = pd.concat(found).groupby("latent").sparsity
+    return pd.DataFrame({"sparsity": groups.mean(), "se": groups.sem(), "times": groups.size()})
+
+
+def _only(sae: SAE, wanted: csr_array) -> sparsity.Source:
+    """Of the active latents of each row, those that are wanted there."""
+
+    def parts(x: Float[Tensor, "n d_model"]) -> sparsity.Parts:
+        found = sparsity.latents(sae)(x)
+        return found._replace(on=found.on & torch.from_numpy(wanted.toarray()).to(x.device).gather(1, found.ids))
+
+    return parts
+
+
+def stored(profile_name: str, sae_name: str) -> pd.Series | None:
+    """Ablation sparsity of all latents that fire in the sweep's text; None where the sweep was not run."""
+    values = published(profile_name, f"10_sweep/{sae_name}")
+    lines = [line.split() for line in values["sparsity"]["value"]] if values else None
+    return lines and pd.Series({int(latent): float(value) for latent, value in lines})
 
 
 # --- partners ---------------------------------------------------------------------------------------------------------
@@ -129,12 +175,12 @@ def _grouped(latent: np.ndarray, token: np.ndarray) -> dict[int, list[int]]:
 @torch.no_grad()
 def matched(a: SAE, b: SAE) -> Float[Tensor, "n_latents"]:
     """For each latent of `a` the highest cosine between its decoder direction and one of `b`."""
-    return torch.cat([cosines.amax(1) for cosines in _cosines(a, b, torch.arange(a.n_latents))])
+    return torch.cat([cosines.amax(1) for cosines in _cosines(a, b, torch.arange(a.n_latents))]).cpu()
 
 
 def _cosines(a: SAE, b: SAE, which: Int[Tensor, "some"]) -> Iterator[Float[Tensor, "few n_latents"]]:
     """Decoder cosines of some latents of `a` with all of `b`, a few at a time."""
-    ours, theirs = (torch.nn.functional.normalize(sae.W_dec.detach().float(), dim=1).cpu() for sae in (a, b))
+    ours, theirs = (torch.nn.functional.normalize(sae.W_dec.detach().float(), dim=1) for sae in (a, b))
     for few in which.split(max(1, 2**24 // b.n_latents)):
         yield ours[few] @ theirs.T
 
@@ -143,8 +189,8 @@ def partners(a: SAE, b: SAE, fired_a: csc_array, fired_b: csc_array) -> pd.DataF
     """For each living latent of `a`, the living one of `b` that is nearest by direction, and by the company it keeps.
 
     `cosine` is between decoder directions; `together` is the cosine of two records of firing, tokens on which both are
-    on over the geometric mean of tokens on which each is. `by_cosine` and `by_together` are the latents of `b`, and
-    `there` is what `together` is with the one that the cosine names.
+    on over the geometric mean of tokens on which each is. `by_cosine` and `by_together` are the latents of `b`, `there`
+    is what `together` is with the one that the cosine names, and `agree` says that no other is on together more.
     """
     which, ours = alive(fired_a), (fired_a > 0).astype(np.float32)
     theirs = (fired_b > 0).astype(np.float32)
@@ -152,14 +198,32 @@ def partners(a: SAE, b: SAE, fired_a: csc_array, fired_b: csc_array) -> pd.DataF
     found, done = [], 0
     for cosines in _cosines(a, b, torch.from_numpy(which)):
         few = which[done : (done := done + len(cosines))]
-        cosine = np.where(times_b > 0, cosines.numpy(), -2)
+        cosine = np.where(times_b > 0, cosines.cpu().numpy(), -2)
         both = (ours[:, few].T @ theirs).toarray()
         together = both / np.sqrt(np.outer(times_a[few], times_b.clip(1)))
         at, near, rows = together.argmax(1), cosine.argmax(1), np.arange(len(few))
         found.append(np.stack([near, cosine[rows, near], at, together[rows, at], together[rows, near]], 1))
     table = pd.DataFrame(np.concatenate(found), pd.Index(which, name="latent"))
     table.columns = ["by_cosine", "cosine", "by_together", "together", "there"]
-    return table.astype({"by_cosine": int, "by_together": int})
+    agree = (table.there > 0) & (table.there >= table.together - 1e-9)  # a rare latent may have company by the dozen
+    return table.astype({"by_cosine": int, "by_together": int}).assign(agree=agree)
+
+
+def children(found: pd.DataFrame) -> dict[int, list[tuple]]:
+    """Kin of the small SAE's latents, by `partners(large, small)`: the large ones nearest to each, which split it."""
+    rows = found.assign(latent=found.index).sort_values("cosine", ascending=False, kind="stable")
+    wanted = rows[["latent", "cosine", "there", "agree"]]
+    return {small: list(some.itertuples(False, None)) for small, some in wanted.groupby(rows.by_cosine)}
+
+
+def parents(found: pd.DataFrame) -> dict[int, list[tuple]]:
+    """Kin of the large SAE's latents: the small one that direction names, and the one that company names."""
+    kin = {}
+    for row in found.itertuples():
+        kin[row.Index] = [(row.by_cosine, row.cosine, row.there, row.agree)]
+        if not row.agree and row.together > 0:
+            kin[row.Index].append((row.by_together, None, row.together, False))
+    return kin
 
 
 @torch.no_grad()
@@ -182,10 +246,10 @@ def logit_effects(model, sae: SAE, which: Int[np.ndarray, "shown"], n: int = 8) 
     What the blocks in between do is left out. Values are less their mean over the vocabulary; each of the two tensors
     is [shown, 2 n]: tokens, and values, from the most raised down and then from the most lowered up.
     """
-    tokens, values = [], []
+    tokens, values, weight = [], [], getattr(model.ln_final, "weight", 1.0)
     for few in torch.from_numpy(which).split(256):
         rows = sae.W_dec[few].detach().to(model.W_U)
-        logits = ((rows - rows.mean(1, keepdim=True)) * model.ln_final.weight) @ model.W_U
+        logits = ((rows - rows.mean(1, keepdim=True)) * weight) @ model.W_U
         logits = (logits - logits.mean(1, keepdim=True)).float().cpu()
         ends = [logits.topk(n, largest=up) for up in (True, False)]
         tokens.append(torch.cat([end.indices for end in ends], 1))
@@ -193,10 +257,17 @@ def logit_effects(model, sae: SAE, which: Int[np.ndarray, "shown"], n: int = 8) 
     return torch.cat(tokens), torch.cat(values)
 
 
+def raised(model, sae: SAE, which: Sequence[int]) -> list[str]:
+    """Latents in a line each: the number, and the three tokens that `logit_effects` finds most raised."""
+    tokens = logit_effects(model, sae, np.array(which), 3)[0][:, :3].tolist()
+    words = [[model.tokenizer.decode([i]).strip(" ").replace("\n", "⏎") for i in row] for row in tokens]
+    return [f"{latent}: " + "  ".join(row) for latent, row in zip(which, words, strict=True)]
+
+
 def by_share(x: pd.Series, of: pd.Series, n: int = 8) -> tuple[list[float], list[Estimate]]:
     """Means of one thing in `n` equally large groups of latents, ordered by another; and that one's median in each."""
-    order, numbers = x.argsort(), of.astype(float).to_numpy()
-    parts = np.array_split(order.to_numpy(), n)
+    numbers = of.astype(float).to_numpy()
+    parts = np.array_split(np.argsort(x.to_numpy(), kind="stable"), n)
     return [float(x.iloc[part].median()) for part in parts], [mean(torch.from_numpy(numbers[part])) for part in parts]
 
 
@@ -207,13 +278,6 @@ def rank(a: pd.Series, b: pd.Series) -> Estimate | None:
         return None
     value = both.iloc[:, 0].corr(both.iloc[:, 1], "spearman")
     return Estimate(value, (1 - value**2) / (len(both) - 3) ** 0.5)
-
-
-def raised(model, sae: SAE, which: Sequence[int]) -> list[str]:
-    """Latents in a line each: the number, and the three tokens that `logit_effects` finds most raised."""
-    tokens = logit_effects(model, sae, np.array(which), 3)[0][:, :3].tolist()
-    words = [[model.tokenizer.decode([i]).strip(" ").replace("\n", "⏎") for i in row] for row in tokens]
-    return [f"{latent}: " + "  ".join(row) for latent, row in zip(which, words, strict=True)]
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------
@@ -232,8 +296,7 @@ class Text(NamedTuple):
 def excerpt(text: Text, fired: csc_array, latent: int, token: int) -> tuple[int, int, list[int], str]:
     """(document, place of the strongest token, token ids, one digit for each) around one moment of a latent.
 
-    It stays in the document. The digits are ninths of the latent's highest value on the whole text, rounded up: 0 is
-    off.
+    It stays in the document. Digits are ninths of the latent's highest value in the text, rounded up: 0 is off.
     """
     length, entries = text.tokens.shape[1], _entries(fired, latent)
     row, column = divmod(token, length)
@@ -263,24 +326,6 @@ class Latents(NamedTuple):
 COLUMNS = "density", "highest", "sparsity", "precision", "recall", "partner"
 
 
-def children(found: pd.DataFrame) -> dict[int, list[tuple]]:
-    """Kin of the small SAE's latents, by `partners(large, small)`: the large ones nearest to each, which split it."""
-    agree = found.by_cosine == found.by_together
-    rows = found.assign(latent=found.index, agree=agree).sort_values("cosine", ascending=False)
-    wanted = rows[["latent", "cosine", "there", "agree"]]
-    return {small: list(some.itertuples(False, None)) for small, some in wanted.groupby(rows.by_cosine)}
-
-
-def parents(found: pd.DataFrame) -> dict[int, list[tuple]]:
-    """Kin of the large SAE's latents: the small one that direction names, and the one that company names."""
-    kin = {}
-    for row in found.itertuples():
-        agree = row.by_cosine == row.by_together
-        kin[row.Index] = [(row.by_cosine, row.cosine, row.there, agree)]
-        kin[row.Index] += [] if agree else [(row.by_together, None, row.together, False)]
-    return kin
-
-
 def page(head: dict, model, text: Text, latents: Latents, seed: int = 0) -> str:
     """One file of HTML that needs no other: a list of latents to search, sort and filter, and all about each.
 
@@ -291,62 +336,50 @@ def page(head: dict, model, text: Text, latents: Latents, seed: int = 0) -> str:
         head: what the page says of itself: `profile`, `name`, `hook`, `other` (the page of the kin, or None), and
             `splits`: whether the kin are finer than its own.
     """
-    drawn = np.random.default_rng(seed).permutation(latents.table.index)[:SHOWN]
+    seen, size = moments(latents.fired, text.tokens.shape[1], seed=seed), SHOWN
+    order = np.random.default_rng(seed).permutation(latents.table.index)
+    template = TEMPLATE.read_text(encoding="utf-8")
+    template = template.replace("{{title}}", html.escape(f"Atlas: {head['name']}, {head['profile']}"))
     while True:
-        made = _filled(head, _content(model, text, latents, np.sort(drawn), seed))
-        if len(made) <= LARGEST:
+        content = head | _content(model, text, latents, seen, np.sort(order[:size]))
+        packed = gzip.compress(json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode(), 6, mtime=0)
+        made = template.replace("{{data}}", base64.b64encode(packed).decode())
+        if len(made) <= LARGEST or size == 1:
             return made
-        drawn = drawn[: int(0.95 * len(drawn) * LARGEST / len(made))]
+        size = max(1, int(0.95 * min(size, len(order)) * LARGEST / len(made)))
 
 
-def _filled(head: dict, content: dict) -> str:
-    packed = gzip.compress(json.dumps(head | content, ensure_ascii=False, separators=(",", ":")).encode(), 6, mtime=0)
-    title = html.escape(f"Atlas: {head['name']}, {head['profile']}")
-    filled = {"{{title}}": title, "{{data}}": base64.b64encode(packed).decode()}
-    made = TEMPLATE.read_text(encoding="utf-8")
-    for mark, value in filled.items():
-        made = made.replace(mark, value)
-    return made
-
-
-def _content(model, text: Text, latents: Latents, which: Int[np.ndarray, "shown"], seed: int) -> dict:
+def _content(model, text: Text, latents: Latents, seen: Moments, which: Int[np.ndarray, "shown"]) -> dict:
     """What a page holds, with tokens and documents counted through in the order in which they come up."""
-    seen = moments(latents.fired, text.tokens.shape[1], seed=seed)
     near, (tokens, values) = neighbours(latents.sae, which), logit_effects(model, latents.sae, which)
-    words, places, cards = _Numbered(), _Numbered(), []
+    words, places, cards = {}, {}, []
+
+    def numbered(ids: Sequence[int]) -> list[int]:
+        return [words.setdefault(i, len(words)) for i in ids]
+
     for latent, raised, by in zip(which.tolist(), tokens.tolist(), values.tolist(), strict=True):
         shown = []
         for at in (seen.top[latent], seen.sampled.get(latent, [])):
             found = [excerpt(text, latents.fired, latent, token) for token in at]
-            shown.append([[places(d), place, [*map(words, ids)], digits] for d, place, ids, digits in found])
+            shown.append([[places.setdefault(d, len(places)), i, numbered(ids), digits] for d, i, ids, digits in found])
         counts = histogram(latents.fired, latent)
         first, *_, last = np.flatnonzero(counts).tolist() * 2
-        kin = [
-            [one, _short(cosine), _short(there), int(same)] for one, cosine, there, same in latents.kin.get(latent, ())
-        ]
-        row = [*shown, [first, *counts[first : last + 1].tolist()], [[*map(words, raised)], [*map(_short, by)]]]
-        cards.append(
-            [*row, [[one, _short(cosine)] for one, cosine in near[latent]], kin, latents.words.get(latent, "")]
-        )
-    table = latents.table.loc[which]
-    columns = {name: [*map(_short, table[name].tolist())] for name in COLUMNS}
+        bars, logits = [first, *counts[first : last + 1].tolist()], [numbered(raised), _short(by)]
+        kin = [[one, *_short([cosine, there]), int(same)] for one, cosine, there, same in latents.kin.get(latent, ())]
+        close = [[one, *_short([cosine])] for one, cosine in near[latent]]
+        cards.append([*shown, bars, logits, close, kin, latents.words.get(latent, "")])
     special = set(text.tokenizer.all_special_ids)
     said = ["" if i in special else text.tokenizer.decode([i]) for i in words]
     documents = [[text.documents[i].package, text.documents[i].name] for i in places]
     sizes = {"alive": len(latents.table), "n_latents": latents.sae.n_latents, "n_tokens": latents.fired.shape[0]}
-    facts = {"match": MATCH, "words": said, "documents": documents, "bins": [*map(_short, BINS.tolist())]}
-    return sizes | facts | {"ids": which.tolist(), "columns": columns, "cards": cards}
+    columns = {name: _short(latents.table.loc[which, name].tolist()) for name in COLUMNS}
+    fixed = {"match": MATCH, "words": said, "documents": documents, "bins": _short(BINS.tolist())}
+    return sizes | fixed | {"ids": which.tolist(), "columns": columns, "cards": cards}
 
 
-class _Numbered(dict):
-    """Gives out numbers from 0 on, to every key its own."""
-
-    def __call__(self, key: int) -> int:
-        return self.setdefault(key, len(self))
-
-
-def _short(value: float | None) -> float | None:
-    return None if value is None or value != value else float(f"{value:.3g}")
+def _short(values: Sequence[float | None]) -> list[float | None]:
+    """Three digits of each; None also for NaN."""
+    return [None if value is None or value != value else float(f"{value:.3g}") for value in values]
 
 
 def save(profile: Profile, pages: Mapping[str, str]) -> dict[str, int]:

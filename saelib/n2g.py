@@ -1,14 +1,14 @@
 """N2G (sections 4.3 and 4.4): a latent explained by short patterns of tokens, and what such explanations are worth.
 
 From a few tokens where a latent fires: cut the context behind the token; grow the text leftwards from it until the
-latent has half of its activation again; replace each token of that piece by a filler, and where at least half of the
+latent has half of its activation again; replace each token of that piece by a filler, and where more than half of the
 activation is left, let any token stand there. What remains is a pattern; all patterns of a latent explain it.
-
-Every distinct piece of text runs through the model once, up to the hook, however many latents ask for it.
 """
 
 from __future__ import annotations
 
+import itertools
+import json
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -61,17 +61,13 @@ class Explanation(NamedTuple):
 
     def text(self, tokenizer, n: int | None = None) -> str:
         """The `n` strongest patterns (None: all): `▢` is any token, `⊢` the start of the context."""
+
+        def word(token: int | None) -> str:
+            shown = "▢" if token is None else tokenizer.decode([token])
+            return shown.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥")
+
         found = sorted(self.patterns, key=self.patterns.get, reverse=True)[:n]
-        return "  |  ".join("⊢ " * one.start + " ".join(_word(tokenizer, i) for i in one.tokens) for one in found)
-
-
-def _word(tokenizer, token: int | None) -> str:
-    if token is None:
-        return "▢"
-    return tokenizer.decode([token]).replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥")
-
-
-# --- where latents fire -----------------------------------------------------------------------------------------------
+        return "  |  ".join("⊢ " * one.start + " ".join(map(word, one.tokens)) for one in found)
 
 
 class Events(NamedTuple):
@@ -82,28 +78,19 @@ class Events(NamedTuple):
     """Number of the token, counted through all contexts."""
     values: Float[np.ndarray, "m"]
 
-    def of(self, latent: int) -> Events:
-        """Those of one latent."""
-        low, high = np.searchsorted(self.latents, [latent, latent + 1])
-        return Events(*(column[low:high] for column in self))
+    def among(self, others: Events) -> Bool[np.ndarray, "m"]:
+        """Which of these are in `others`, too: the same latent at the same token."""
+        ours, theirs = (found.latents * 2**40 + found.at for found in (self, others))
+        return np.isin(ours, theirs, kind="sort")
 
-    def within(self, n_tokens: int) -> Events:
-        """Those of the first `n_tokens` tokens."""
-        return Events(*(column[self.at < n_tokens] for column in self))
-
-    def where(self, others: Events, n_tokens: int) -> Events:
-        """Those that are among `others`, too, in the same `n_tokens` tokens."""
-        ours, theirs = (found.latents * np.int64(n_tokens) + found.at for found in (self, others))
-        return Events(*(column[np.isin(ours, theirs, kind="sort")] for column in self))
+    def where(self, mask: Bool[np.ndarray, "m"]) -> Events:
+        """Some of them."""
+        return Events(*(column[mask] for column in self))
 
 
 @torch.no_grad()
 def events(model, hook: str, sae: SAE, tokens: Int[Tensor, "n pos"]) -> Events:
-    """Where an SAE's latents fire in some contexts.
-
-    Raises:
-        UserError: see `activations.harvest`.
-    """
+    """Where an SAE's latents fire in some contexts. Raises UserError: see `activations.harvest`."""
     found, first = [], 0
     for part in tqdm(tokens.split(128), desc=f"reading {hook}", unit="batch", leave=False):
         x = harvest(model, part.to(model.cfg.device), hook)
@@ -118,51 +105,38 @@ def events(model, hook: str, sae: SAE, tokens: Int[Tensor, "n pos"]) -> Events:
     return Events(latents[order], at[order], values[order])
 
 
+# --- from examples to patterns ----------------------------------------------------------------------------------------
+
+
 def reader(model, hook: str, sae: SAE) -> Reader:
-    """Re-runs of the model up to the hook, each distinct text once."""
+    """Re-runs of the model up to the hook: each distinct text once, however many latents ask for it."""
+    size = max(1, min(8192, LATENTS // sae.n_latents))
 
     @torch.no_grad()
     def read(texts: Int[Tensor, "n pos"], latents: Int[Tensor, "n"]) -> Float[Tensor, "n"]:
-        length = texts.shape[1]
-        as_one = np.ascontiguousarray(texts).view(f"V{8 * length}")[:, 0]
-        _, first, copies = np.unique(as_one, return_index=True, return_inverse=True)
-        found, order = torch.zeros(len(texts)), copies.argsort(kind="stable")
-        for part in np.array_split(order, range(0, len(order), max(1, min(8192, LATENTS // sae.n_latents)))):
-            once, which = np.unique(copies[part], return_inverse=True)
-            if len(once):
-                x = harvest(model, texts[first[once]].to(model.cfg.device), hook, (-1, None))
-                found[part] = _of(sae, x, torch.from_numpy(which), latents[part])
+        once, which = torch.unique(texts, dim=0, return_inverse=True)
+        found = torch.zeros(len(texts))
+        for first in range(0, len(once), size):
+            x = harvest(model, once[first : first + size].to(model.cfg.device), hook, (-1, None))
+            values, ids = (column if column is None else column.cpu() for column in sae.encode(x)[:2])
+            asked = (which // size == first // size).nonzero()[:, 0]
+            rows, wanted = which[asked] - first, latents[asked, None]
+            z = values[rows].gather(1, wanted) if ids is None else values[rows] * (ids[rows] == wanted)
+            found[asked] = z.sum(1).float()
         return found
 
     return read
 
 
-def _of(sae: SAE, x: Float[Tensor, "m d_model"], rows: Int[Tensor, "n"], latents: Int[Tensor, "n"]) -> Tensor:
-    """One latent each of some activations."""
-    values, ids, *_ = sae.encode(x)
-    if ids is None:
-        return values.cpu()[rows, latents].float()
-    return (values.cpu()[rows] * (ids.cpu()[rows] == latents[:, None])).sum(1).float()
-
-
-# --- from examples to patterns ----------------------------------------------------------------------------------------
-
-
 def examples(found: Events, latents: Iterable[int], n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Which of the events explain each latent, as rows of `found`: the strongest half, the others drawn.
-
-    Returns:
-        latents and rows, one entry each for every example.
-    """
-    draw = np.random.default_rng(seed)
-    rows = []
-    for latent in latents:
-        low, high = np.searchsorted(found.latents, [latent, latent + 1])
+    """Which of the events explain each latent: the strongest half, the others drawn; as latents and rows of `found`."""
+    draw, rows = np.random.default_rng(seed), [np.zeros(0, np.int64)]
+    for low, high in (np.searchsorted(found.latents, [latent, latent + 1]) for latent in latents):
         order = low + np.argsort(-found.values[low:high], kind="stable")
         top, others = order[: n - n // 2], order[n - n // 2 :]
-        rows.append(np.concatenate([top, draw.permutation(others)[: n // 2]]))
-    counts = [len(some) for some in rows]
-    return np.repeat(np.array(list(latents), dtype=np.int64), counts), np.concatenate([*rows, np.zeros(0, np.int64)])
+        rows += [top, draw.permutation(others)[: n // 2]]
+    rows = np.concatenate(rows)
+    return found.latents[rows], rows
 
 
 class Cut(NamedTuple):
@@ -184,22 +158,20 @@ def pruned(
 
     Args:
         before: the last tokens of each context, up to the one where the latent fires.
-        reach: how many of them there are.
+        reach: how many there are of them, before `before` is cut to size.
         filler: what stands in front of a piece of a context; None, the public way, is nothing: then a piece begins a
             context by accident, and what has grown to its beginning counts as tied to it.
     """
     length, start, value = torch.zeros_like(reach), torch.zeros_like(reach, dtype=torch.bool), torch.zeros_like(wanted)
-    for size in range(1, before.shape[1] + 1):
-        whole = [False, True] if filler is not None else [True]
-        for alone in whole:  # a context that is there from its first token needs no filler
-            rows = ((length == 0) & (reach >= size)).nonzero()[:, 0]
-            rows = rows[reach[rows] == size] if alone and filler is not None else rows
-            if not len(rows):
-                continue
-            z = read(_fronted(before[rows, -size:], None if alone else filler), latents[rows])
-            enough = z >= wanted[rows]
-            length[rows[enough]], value[rows[enough]] = size, z[enough]
-            start[rows[enough]] = alone & (reach[rows[enough]] == size)
+    fronts = [None] if filler is None else [filler, None]  # a context that is there from its first token needs none
+    for size, front in itertools.product(range(1, before.shape[1] + 1), fronts):
+        tried = reach == size if front is None and filler is not None else reach >= size
+        rows = (tried & (length == 0)).nonzero()[:, 0]
+        if not len(rows):
+            continue
+        z = read(_fronted(before[rows, -size:], front), latents[rows])
+        rows, z = rows[z >= wanted[rows]], z[z >= wanted[rows]]
+        length[rows], value[rows], start[rows] = size, z, (reach[rows] == size) & (front is None)
     return Cut(length, start, value)
 
 
@@ -208,23 +180,22 @@ def _fronted(texts: Int[Tensor, "n pos"], filler: int | None) -> Int[Tensor, "n 
 
 
 def important(
-    read: Reader, before: Int[Tensor, "n longest"], cut: Cut, latents: Int[Tensor, "n"], filler: int, front: bool = True
+    read: Reader, before: Int[Tensor, "n longest"], cut: Cut, latents: Int[Tensor, "n"], filler: int, front: bool
 ) -> Bool[Tensor, "n longest"]:
     """Which tokens of the shortened texts the latent needs: without it, at least `HALF` of the activation is gone.
 
     A filler cannot be replaced by itself: it stays.
     """
     needed = before == filler
-    for size in cut.length.unique().tolist():
-        for start in (False, True):
-            rows = ((cut.length == size) & (cut.start == start)).nonzero()[:, 0]
-            if not size or not len(rows):
-                continue
-            texts = before[rows, -size:].repeat_interleave(size, 0)
-            place = torch.arange(size).repeat(len(rows))
-            texts[torch.arange(len(texts)), place] = filler
-            z = read(_fronted(texts, None if start or not front else filler), latents[rows].repeat_interleave(size))
-            needed[rows, -size:] |= 1 - z.view(-1, size) / cut.value[rows, None] >= HALF
+    for size, start in itertools.product(filter(None, cut.length.unique().tolist()), (False, True)):
+        rows = ((cut.length == size) & (cut.start == start)).nonzero()[:, 0]
+        if not len(rows):
+            continue
+        texts = before[rows, None, -size:].repeat(1, size, 1)
+        texts.diagonal(dim1=1, dim2=2).fill_(filler)
+        texts = _fronted(texts.flatten(0, 1), filler if front and not start else None)
+        z = read(texts, latents[rows].repeat_interleave(size))
+        needed[rows, -size:] |= 1 - z.view(-1, size) / cut.value[rows, None] >= HALF
     return needed
 
 
@@ -237,7 +208,7 @@ def patterns_of(
     Any tokens at the left say nothing, unless the context's start is before them; and a pattern that would fit
     everywhere keeps its last token.
     """
-    found: dict[int, dict[Pattern, list[float]]] = {int(latent): defaultdict(list) for latent in latents}
+    found: dict[int, dict[Pattern, list[float]]] = {latent: defaultdict(list) for latent in latents}
     columns = (before.tolist(), needed.tolist(), cut.length.tolist(), cut.start.tolist(), latents, values)
     for tokens, keep, length, start, latent, value in zip(*columns, strict=True):
         if not length:
@@ -245,7 +216,7 @@ def patterns_of(
         keep[-1] |= not start and not any(keep[-length:])
         gaps = [token if kept else None for token, kept in zip(tokens[-length:], keep[-length:], strict=True)]
         first = 0 if start else next(i for i, token in enumerate(gaps) if token is not None)
-        found[int(latent)][Pattern(tuple(gaps[first:]), start)].append(float(value))
+        found[latent][Pattern(tuple(gaps[first:]), start)].append(value)
     return {latent: Explanation({one: sum(z) / len(z) for one, z in own.items()}) for latent, own in found.items()}
 
 
@@ -260,13 +231,11 @@ def explained(
         front: whether it stands in front of pieces of a context, too (the public way: no).
     """
     latents, rows = examples(found, latents, n, seed)
-    at, values = torch.from_numpy(found.at[rows]), torch.from_numpy(found.values[rows]).float()
-    longest = min(LONGEST, tokens.shape[1])
-    reach = at % tokens.shape[1] + 1
+    at, values, which = (torch.from_numpy(column) for column in (found.at[rows], found.values[rows], latents))
+    longest, reach = min(LONGEST, tokens.shape[1]), at % tokens.shape[1] + 1
     places = (at[:, None] + torch.arange(1 - longest, 1)).clamp_min(0)
     before = tokens.cpu().flatten()[places].masked_fill(torch.arange(longest) < longest - reach[:, None], filler)
-    which = torch.from_numpy(latents)
-    cut = pruned(read, before, reach, which, HALF * values, filler if front else None)
+    cut = pruned(read, before, reach, which, HALF * values.float(), filler if front else None)
     needed = important(read, before, cut, which, filler, front)
     return patterns_of(before, cut, needed, latents.tolist(), values.tolist())
 
@@ -274,11 +243,7 @@ def explained(
 def explain(
     model, hook: str, sae: SAE, tokens: Int[Tensor, "n pos"], latents: Iterable[int], n: int = EXAMPLES, seed: int = 0
 ) -> dict[int, Explanation]:
-    """Explanations of some latents (section 4.3), from contexts of the training text.
-
-    Raises:
-        UserError: the SAE does not fit the model.
-    """
+    """Explanations of some latents, from contexts of the training text. Raises UserError: not an SAE of this model."""
     if sae.d_model != model.cfg.d_model:
         raise UserError(f"the SAE reads {sae.d_model} dimensions, not {model.cfg.d_model}: choose one of this model")
     found = events(model, hook, sae, tokens)
@@ -295,52 +260,41 @@ class Index:
     """
 
     def __init__(self, tokens: Int[Tensor, "n pos"]):
-        self.tokens, self.width = tokens.cpu().numpy().ravel(), tokens.shape[1]
-        self.column = np.arange(len(self.tokens)) % self.width
+        self.tokens = tokens.cpu().numpy().ravel()
+        self.column = np.arange(len(self.tokens)) % tokens.shape[1]
         self.order = np.argsort(self.tokens, kind="stable")
         self.sorted = self.tokens[self.order]
 
     def ends(self, pattern: Pattern) -> Int[np.ndarray, "m"]:
         """Last tokens of all places that a pattern fits."""
-        last = len(pattern.tokens) - 1
+        last, at = len(pattern.tokens) - 1, np.arange(len(self.tokens))
         fixed = [(last - i, token) for i, token in enumerate(pattern.tokens) if token is not None]
-        spans = [np.searchsorted(self.sorted, [token, token + 1]) for _, token in fixed]
-        if not fixed:
-            at = np.arange(len(self.tokens))
-        else:
-            best = min(range(len(fixed)), key=lambda i: spans[i][1] - spans[i][0])
-            back, _ = fixed.pop(best)
-            at = self.order[slice(*spans[best])] + back
+        if fixed:
+            spans = [np.searchsorted(self.sorted, [token, token + 1]) for _, token in fixed]
+            rarest = min(range(len(fixed)), key=lambda i: spans[i][1] - spans[i][0])
+            at = self.order[slice(*spans[rarest])] + fixed.pop(rarest)[0]
             at = at[at < len(self.tokens)]
         at = at[self.column[at] == last] if pattern.start else at[self.column[at] >= last]
         for back, token in fixed:
             at = at[self.tokens[at - back] == token]
         return at
 
-    def predict(self, explanation: Explanation) -> tuple[Int[np.ndarray, "m"], Float[np.ndarray, "m"]]:
-        """Tokens at which a pattern ends, and the activation that the longest one predicts there."""
-        ranked = sorted(explanation.patterns.items(), key=lambda item: (item[0].rank, item[1]), reverse=True)
-        ends = [self.ends(pattern) for pattern, _ in ranked]
-        values = np.repeat([value for _, value in ranked], [len(some) for some in ends])
-        at, first = np.unique(np.concatenate([*ends, np.zeros(0, np.int64)]), return_index=True)
-        return at, values[first]
-
 
 def predictions(explanations: Mapping[int, Explanation], tokens: Int[Tensor, "n pos"]) -> Events:
     """What explanations predict for some contexts, by the longest pattern that fits."""
-    index, found = Index(tokens), []
-    for latent in sorted(explanations):
-        at, values = index.predict(explanations[latent])
-        found.append((np.full(len(at), latent), at, values))
-    if not found:
-        return Events(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))
+    index, found = Index(tokens), [(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))]
+    for latent, own in sorted(explanations.items()):
+        ranked = sorted(own.patterns.items(), key=lambda item: (item[0].rank, item[1]), reverse=True)
+        ends = [index.ends(pattern) for pattern, _ in ranked]
+        values = np.repeat([value for _, value in ranked], [len(some) for some in ends])
+        at, first = np.unique(np.concatenate([found[0][0], *ends]), return_index=True)
+        found.append((np.full(len(at), latent), at, values[first]))
     return Events(*(np.concatenate(column) for column in zip(*found, strict=True)))
 
 
 def predict(explanation: Explanation, tokens: Int[Tensor, "n pos"]) -> Float[Tensor, "n pos"]:
     """The activation that an explanation predicts for each token: 0 where no pattern fits."""
-    found = torch.zeros(tokens.numel())
-    at, values = Index(tokens).predict(explanation)
+    found, (_, at, values) = torch.zeros(tokens.numel()), predictions({0: explanation}, tokens)
     found[torch.from_numpy(at)] = torch.from_numpy(values).float()
     return found.view(tokens.shape)
 
@@ -383,16 +337,15 @@ class Scores(NamedTuple):
         low, high = ((centre + sign * spread) / (1 + 3.84 / n) for sign in (-1, 1))
         return [Interval(*row) for row in np.stack([value, low.clip(0), high.clip(None, 1)], 1).tolist()]
 
-    def mean(self, name: str, where: Bool[np.ndarray, "m"] | None = None) -> Estimate | None:
-        """Mean over latents (those `where` says) that have the score; standard error by leaving out each block.
+    def mean(self, name: str, where: Bool[np.ndarray, "m"]) -> Estimate | None:
+        """Mean over those latents `where` says that have the score; standard error by leaving out each block.
 
         None where there is no such latent.
         """
-        hits, below = (side if where is None else side[:, where] for side in self.sides(name))
-        there = below.sum(0) > 0
+        there = where & np.isfinite(self.each(name))
         if not there.any():
             return None
-        hits, below = hits[:, there], below[:, there]
+        hits, below = (side[:, there] for side in self.sides(name))
         rest = below.sum(0) - below
         without = np.divide(hits.sum(0) - hits, rest, out=np.full(rest.shape, math.nan), where=rest > 0)
         means, blocks = np.nanmean(without, axis=1), len(hits)
@@ -405,13 +358,12 @@ def score(predicted: Events, fired: Events, latents: Iterable[int], tokens: Int[
     which, block = np.array(sorted(latents), dtype=np.int64), BLOCK * tokens.shape[1]
     shape = -(-tokens.numel() // block), len(which)
 
-    def counts(found: Events, keep: np.ndarray | None = None) -> Int[np.ndarray, "blocks m"]:
-        mask = np.isin(found.latents, which) if keep is None else keep
-        column = np.searchsorted(which, found.latents[mask])
-        return np.bincount(found.at[mask] // block * shape[1] + column, minlength=shape[0] * shape[1]).reshape(shape)
+    def counts(found: Events) -> Int[np.ndarray, "blocks m"]:
+        own = found.where(np.isin(found.latents, which))
+        cell = own.at // block * shape[1] + np.searchsorted(which, own.latents)
+        return np.bincount(cell, minlength=math.prod(shape)).reshape(shape)
 
-    ours, theirs = (found.latents * np.int64(tokens.numel()) + found.at for found in (predicted, fired))
-    return Scores(which, counts(predicted), counts(fired), counts(predicted, np.isin(ours, theirs, kind="sort")))
+    return Scores(which, *map(counts, (predicted, fired, predicted.where(predicted.among(fired)))))
 
 
 # --- what explanations are compared with ------------------------------------------------------------------------------
@@ -422,12 +374,10 @@ def best_tokens(found: Events, tokens: Int[Tensor, "n pos"], latents: Iterable[i
     flat = tokens.cpu().numpy().ravel()
     common, best = np.bincount(flat), {}
     for latent in latents:
-        _, at, values = found.of(latent)
-        on = np.bincount(flat[at], minlength=len(common))
-        token = int(np.argmax(on / (common + len(at)))) if len(at) else None  # half the F1
-        best[latent] = Explanation(
-            {} if token is None else {Pattern((token,)): float(values[flat[at] == token].mean())}
-        )
+        rows = slice(*np.searchsorted(found.latents, [latent, latent + 1]))
+        here, values = flat[found.at[rows]], found.values[rows]
+        token = int(np.argmax(np.bincount(here, minlength=len(common)) / (common + max(1, len(here)))))  # half the F1
+        best[latent] = Explanation({Pattern((token,)): float(values[here == token].mean())} if len(here) else {})
     return best
 
 
@@ -437,11 +387,8 @@ def lens_tokens(model, sae: SAE, latents: Iterable[int], n: int = 5) -> dict[int
     latents = list(latents)
     directions = sae.W_dec[latents].to(model.cfg.device)
     gain = getattr(model.ln_final, "weight", torch.ones_like(directions[0]))
-    raised = model.unembed(((directions - directions.mean(1, keepdim=True)) * gain)[None])[0].topk(n).indices
-    return {
-        i: Explanation({Pattern((token,)): 1.0 for token in row})
-        for i, row in zip(latents, raised.tolist(), strict=True)
-    }
+    raised = model.unembed(((directions - directions.mean(1, keepdim=True)) * gain)[None])[0].topk(n).indices.tolist()
+    return {i: Explanation({Pattern((one,)): 1.0 for one in row}) for i, row in zip(latents, raised, strict=True)}
 
 
 def following(tokens: Int[Tensor, "n pos"]) -> Int[Tensor, "n pos"]:
@@ -452,27 +399,33 @@ def following(tokens: Int[Tensor, "n pos"]) -> Int[Tensor, "n pos"]:
 # --- explanations in the latents' place -------------------------------------------------------------------------------
 
 
-def gains(predicted: Events, fired: Events, latents: Iterable[int], n_tokens: int) -> dict[int, float]:
-    """By what to multiply each latent's predictions, so that they are nearest to what it really has there."""
-    keys = [found.latents * np.int64(n_tokens) + found.at for found in (predicted, fired)]
-    place = np.searchsorted(keys[1], keys[0]).clip(max=max(0, len(keys[1]) - 1))
-    true = np.where(keys[1][place] == keys[0], fired.values[place], 0) if len(keys[1]) else np.zeros(len(keys[0]))
-    size = max(latents, default=0) + 1
-    above, below = (np.bincount(predicted.latents, predicted.values * z, size) for z in (true, predicted.values))
-    return {i: float(above[i] / below[i]) if below[i] else 1.0 for i in latents}
+def rescaled(predicted: Events, tried: Events, fired: Events) -> Events:
+    """Predictions with each latent's multiplied by what brings them nearest (least squares) to its true values.
+
+    Args:
+        tried: what the same explanations predict for other text.
+        fired: what fires in that text.
+    """
+    ours, theirs = tried.where(tried.among(fired)), fired.where(fired.among(tried))  # row by row the same
+    size = 1 + max((found.latents[-1] for found in (predicted, tried) if len(found.at)), default=0)
+    above = np.bincount(ours.latents, ours.values * theirs.values, size)
+    below = np.bincount(tried.latents, tried.values**2, size)
+    gain = np.divide(above, below, out=np.ones(size), where=below > 0)
+    return predicted._replace(values=predicted.values * gain[predicted.latents])
 
 
 class Explained:
     """Takes the activation's place: what an SAE decodes from given events instead of its own codes (section 4.4).
 
-    The activation's mean and scale are its own. Contexts have to come in their order, as `splice.downstream` has them.
+    All other latents are 0; each token's mean and scale, which the SAE takes out and puts back, are its own. Contexts
+    have to come in their order, all `n_tokens` of them, as `splice.downstream` has them.
     """
 
-    def __init__(self, sae: SAE, found: Events):
+    def __init__(self, sae: SAE, found: Events, n_tokens: int):
         order = np.argsort(found.at, kind="stable")
         self.at = found.at[order]
         self.latents, self.values = (torch.from_numpy(column[order]) for column in (found.latents, found.values))
-        self.sae, self.first = sae, 0
+        self.sae, self.n_tokens, self.first = sae, n_tokens, 0
 
     @torch.no_grad()
     def __call__(self, x: Float[Tensor, "n pos d_model"]) -> Float[Tensor, "n pos d_model"]:
@@ -482,7 +435,7 @@ class Explained:
         parts = self.values[own, None].to(x) * self.sae.W_dec[self.latents[own].to(x.device)]
         x_hat = torch.zeros_like(x).flatten(0, 1).index_add_(0, rows, parts).view_as(x) + self.sae.pre_bias
         _, mean, scale = self.sae.normalized(x.clone())
-        self.first = last
+        self.first = last % self.n_tokens
         return x_hat if scale is None else x_hat * scale + mean
 
 
@@ -495,74 +448,47 @@ class Scored(NamedTuple):
     explanation: Explanation
     precision: Interval
     recall: Interval
-    f1: float
-    """NaN where it neither fires nor is predicted to."""
     density: float
     """Share of the training tokens on which it fires."""
-    gain: float
-    """What its predictions are multiplied by, see `gains`."""
     predicted: int
     fired: int
     hits: int
 
-
-def scored(
-    found: Mapping[int, Explanation], scores: Scores, density: Sequence[float], gains: Mapping[int, float]
-) -> dict[int, Scored]:
-    """Explanations with their scores, by latent."""
-    counts = zip(*(side.sum(0).tolist() for side in (scores.predicted, scores.fired, scores.hits)), strict=True)
-    shares = zip(scores.interval("precision"), scores.interval("recall"), scores.each("f1").tolist(), strict=True)
-    return {
-        i: Scored(found[i], *own, float(density[i]), gains[i], *numbers)
-        for i, own, numbers in zip(scores.latents.tolist(), shares, counts, strict=True)
-    }
-
-
-def line(latent: int, own: Scored) -> str:
-    """One latent in one line of text: numbers, `|`, patterns; `_` is any token and `^` the start of the context."""
-    ends = own.precision.low, own.precision.high, own.recall.low, own.recall.high
-    numbers = [latent, own.predicted, own.fired, own.hits, *(f"{x:.3g}" for x in (own.density, own.gain, *ends))]
-    found = (
-        "^" * one.start + ",".join("_" if i is None else str(i) for i in one.tokens) + f"={value:.3g}"
-        for one, value in own.explanation.patterns.items()
-    )
-    return " ".join(map(str, numbers)) + "|" + " ".join(found)
-
-
-def parsed(text: str) -> tuple[int, Scored]:
-    """A `line` read again.
-
-    Raises:
-        UserError: it is none.
-    """
-    try:
-        numbers, _, rest = text.partition("|")
-        latent, predicted, fired, hits, *others = numbers.split()
-        predicted, fired, hits = int(predicted), int(fired), int(hits)
-        density, gain, *ends = map(float, others)
-        found = {}
-        for item in rest.split():
-            tokens, value = item.split("=")
-            wanted = tuple(None if i == "_" else int(i) for i in tokens.removeprefix("^").split(","))
-            found[Pattern(wanted, tokens.startswith("^"))] = float(value)
-        shares = (_share(hits, predicted), *ends[:2]), (_share(hits, fired), *ends[2:])
-        own = (Explanation(found), *(Interval(*share) for share in shares), _share(2 * hits, predicted + fired))
-        return int(latent), Scored(*own, density, gain, predicted, fired, hits)
-    except (ValueError, TypeError) as error:
-        raise UserError(
-            f"a stored explanation is damaged ({text[:40]!r}): run `saelib run 09 --sweep` again"
-        ) from error
+    @property
+    def f1(self) -> float:
+        """NaN where it neither fires nor is predicted to."""
+        return _share(2 * self.hits, self.predicted + self.fired)
 
 
 def _share(part: int, whole: int) -> float:
     return part / whole if whole else math.nan
 
 
-def stored(profile_name: str, sae_name: str) -> dict[int, Scored] | None:
-    """Explanations and scores of all latents that fire in the sweep's training text; None where it was not run.
+def lines(found: Mapping[int, Explanation], scores: Scores, density: Sequence[float]) -> list[str]:
+    """What is stored of each latent: a list of numbers, last of them the patterns, each with its value and start."""
+    counts = zip(*(side.sum(0).tolist() for side in scores[1:]), strict=True)
+    shares = zip(scores.interval("precision"), scores.interval("recall"), strict=True)
+    made = []
+    for latent, own, (precision, recall) in zip(scores.latents.tolist(), counts, shares, strict=True):
+        shown = [_rounded(x) for x in (density[latent], *precision[1:], *recall[1:])]
+        patterns = [[_rounded(z), int(one.start), *one.tokens] for one, z in found[latent].patterns.items()]
+        made.append(json.dumps([latent, *own, *shown, patterns], separators=(",", ":")))
+    return made
 
-    Raises:
-        UserError: the file is damaged.
-    """
+
+def _rounded(x: float) -> float:
+    return float(f"{x:.3g}")
+
+
+def read_line(line: str) -> tuple[int, Scored]:
+    """A latent and what one of the `lines` says about it."""
+    latent, predicted, fired, hits, density, *ends, patterns = json.loads(line)
+    found = Explanation({Pattern(tuple(tokens), bool(start)): value for value, start, *tokens in patterns})
+    precision, recall = Interval(_share(hits, predicted), *ends[:2]), Interval(_share(hits, fired), *ends[2:])
+    return latent, Scored(found, precision, recall, density, predicted, fired, hits)
+
+
+def stored(profile_name: str, sae_name: str) -> dict[int, Scored] | None:
+    """Explanations and scores of all latents that fire in the sweep's training text; None where it was not run."""
     values = published(profile_name, f"09_sweep/{sae_name}")
-    return dict(map(parsed, values["explanations"]["value"])) if "explanations" in values else None
+    return dict(map(read_line, values["explanations"]["value"])) if values else None

@@ -27,7 +27,7 @@ from saelib.induction import Head, History
 from saelib.metrics import Estimate
 from saelib.profile import ROOT
 from saelib.reconstruction import Groups, Norms
-from saelib.scaling import Joint, Power
+from saelib.scaling import Power
 from saelib.scoreboard import Reading
 
 OURS, POINTED, SECOND, CONTROL, INK = "#0072B2", "#D55E00", "#009E73", "#9a9a9a", "#2b2b2b"
@@ -762,15 +762,15 @@ def sparsity_curves(
 
 def learning_curves(
     ax: Axes, points: pd.DataFrame, x: str, runs: pd.DataFrame,
-    live: pd.DataFrame | None = None, law: Power | None = None,
+    live: pd.DataFrame | None = None, laws: Sequence[Power] = (),
 ) -> None:  # fmt: skip
-    """Error over tokens or FLOPs (`x`), a line per n, a ring at the end of those not converged; `law` is dashed."""
+    """Error over tokens or FLOPs (`x`), a line per n, a ring at the end of those not converged; laws are dashed."""
     if points.empty:
         return _not_run([ax])
     ax.set(xscale="log", yscale="log", xlabel={"tokens": "tokens", "flops": "FLOPs"}[x], ylabel="normalised MSE")
     sizes = sorted(points.n.unique())
     for n, run in points.groupby(["n", "seed"]):
-        color = SHARE(0.3 + 0.7 * sizes.index(n[0]) / max(len(sizes) - 1, 1))
+        color = SHARE(0.45 + 0.55 * sizes.index(n[0]) / max(len(sizes) - 1, 1))
         ax.plot(run[x], run.mse, color=color, linewidth=1.2)
         if n[1] == 0:
             there = runs[runs.n == n[0]].converged.all()
@@ -779,30 +779,30 @@ def learning_curves(
     if live is not None:
         ax.plot(live[x], live.mse, "o", color=POINTED, zorder=4)
         _note(ax, "live", (live[x].iloc[0], live.mse.iloc[0]), POINTED, xytext=(0, 8), ha="center")
-    if law is not None:
-        span = [points[x].min(), points[x].max()]
-        ax.plot(span, [law(at) for at in span], **DASHED)
+    span = np.geomspace(points[x].min(), points[x].max(), 64)
+    for law in laws:
+        ax.plot(span, law(span), **DASHED)
     ax.set_xlim(None, points[x].max() * 2.5)
-    ax.yaxis.set(major_locator=LogLocator(subs=(1, 1.5, 2, 3, 5)), minor_locator=NullLocator(), major_formatter="{x:g}")
+    _log(ax.yaxis, (1, 1.5, 2, 3, 5))
 
 
-def error_by_size(ax: Axes, runs: pd.DataFrame, law: Joint | None) -> None:
-    """Error over n, a colour per k (a ring: not converged), the law's curves and, dotted, what it leaves."""
+def error_by_size(ax: Axes, runs: pd.DataFrame, laws: Mapping[int, Power]) -> None:
+    """Error over n, a colour per k (a ring: not converged), the law of each k and, dotted, what it leaves."""
     if runs.empty:
         return _not_run([ax])
     ax.set(xscale="log", yscale="log", xlabel="latents", ylabel="normalised MSE")
     reach = np.geomspace(runs.n.min(), runs.n.max(), 64)
     for (k, row), color in zip(runs.groupby("k"), (*KINDS[:3], "#CC79A7", INK), strict=False):
-        if law is not None:
-            ax.plot(reach, law(reach, k), color=color, linewidth=1.2)
-            ax.axhline(law.floor(k), color=color, linewidth=1, linestyle=":")
+        if k in laws:
+            ax.plot(reach, laws[k](reach), color=color, linewidth=1.2)
+            ax.axhline(np.exp(laws[k].log_floor), color=color, linewidth=1, linestyle=":")
         for there, some in row.groupby("converged"):
             ax.plot(some.n, some.mse, "o", color=color, markerfacecolor=color if there else "white", markersize=6)
         _note(ax, f"k = {k}", (row.n.iloc[-1], row.mse.iloc[-1]), color, xytext=(9, 0), va="center")
     ax.set(xlim=(None, runs.n.max() * 2.2), ylim=(0.2 * runs.mse.min(), None))
     ax.set_xticks(sorted(runs.n.unique()))
-    ax.xaxis.set(minor_locator=NullLocator(), major_formatter="{x:g}")
-    ax.yaxis.set(major_locator=LogLocator(subs=(1, 1.5, 2, 3, 5)), minor_locator=NullLocator(), major_formatter="{x:g}")
+    _plain(ax.xaxis)
+    _log(ax.yaxis, (1, 1.5, 2, 3, 5))
 
 
 # --- chapter 08 -------------------------------------------------------------------------------------------------------
@@ -912,18 +912,18 @@ def shaded(ax: Axes, groups: Mapping[str, Sequence[tuple[Sequence[str], str]]], 
 def against_random(
     ax: Axes, gains: Float[Tensor, "m"] | None, random: Float[Tensor, "directions m"] | None, ylabel: str
 ) -> None:
-    """Each latent's gain, in order, above the 5 to 95 % range of random directions; vermilion where it is within."""
+    """Each latent's gain, in order, on the 5 to 95 % range of random directions; vermilion where not above it."""
     if gains is None:
         return _not_run([ax])
     order = gains.argsort()
-    low, high = (random.nanquantile(q, dim=0)[order] for q in (0.05, 0.95))
+    ends = {0.05: "lower", 0.95: "higher"}
+    low, high = (random.nanquantile(q, dim=0, interpolation=side)[order] for q, side in ends.items())
     ax.set(xlabel="latents, in order of their gain", ylabel=ylabel, xticks=[])
     ax.vlines(range(len(order)), low, high, color=CONTROL, linewidth=3, alpha=0.6)
     colors = [OURS if beats else POINTED for beats in gains[order] > high]
     ax.scatter(range(len(order)), gains[order], c=colors, s=16, zorder=3)
-    _note(
-        ax, "random directions, 5 to 95 %", (len(order) - 1, low[-1]), "#6f6f6f", xytext=(0, -6), ha="right", va="top"
-    )
+    above = (0, high[: len(order) // 2 + 1].max())
+    _note(ax, "grey: random directions, 5 to 95 %", above, "#6f6f6f", xytext=(0, 6), va="bottom")
 
 
 # --- chapter 12 -------------------------------------------------------------------------------------------------------

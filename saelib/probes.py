@@ -8,18 +8,18 @@ documents, and its cross-entropy measured on others.
 from __future__ import annotations
 
 import itertools
-import math
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd
 import torch
+import yaml
 from jaxtyping import Bool, Float, Int
+from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from saelib import UserError
 from saelib.metrics import Estimate, in_unit_space, mean, pieces
@@ -30,102 +30,28 @@ from saelib.text import Document, documents
 
 RIDGE = 1e-3
 """Half of it times w squared is added to the mean cross-entropy; w is per standard deviation of the latent."""
+RIDGES = (1.0, 0.1, 0.01, 0.001)
+"""Of the probe on all channels; the best on a quarter of the training documents is taken."""
 FEWEST = 20
 """A task needs that many documents of either kind, in training and in test."""
 ENTRIES = 2**17
 """Tasks times latents times documents that are fitted together: what stays in a processor's cache."""
+ASKED = yaml.safe_load(Path(__file__).with_suffix(".yml").read_text(encoding="utf-8"))
+TASKS: dict[str, dict[str, tuple[str, str]]] = ASKED["tasks"]
+"""What is asked of docstrings: about the object that the text is about, the window itself, the text around it."""
+HUB: list[dict] = ASKED["hub"]
+"""Labelled data sets with tasks of the paper's kind, for models of web text."""
 
 
 # --- tasks ------------------------------------------------------------------------------------------------------------
 
-
-class Window(NamedTuple):
-    """The context that is read, and what is not: the text around it, and where it is from."""
-
-    document: Document
-    before: str
-    text: str
-    after: str
-
-
+Window = Mapping[str, str]
+"""A context that is read (`text`) and what is not: the text `before` and `after` it, the whole `document`, the last
+`section` heading before it; `package`, `name` and `kind` of the object, or of a data set (`kind`: the row's class)."""
 HEADING = re.compile(
     r"^[ \t]*(?:([A-Z]\w+)[ \w]*\n[ \t]*[-=]{3,}|(Args|Arguments|Returns|Examples?|Raises|Yields):)[ \t]*$", re.M
 )
 """A section's heading, underlined (numpydoc) or closed by a colon (Google)."""
-
-
-def section(text: str) -> str:
-    """The last section's heading in a text, or nothing."""
-    found = [first or second for first, second in HEADING.findall(text)]
-    return found[-1] if found else ""
-
-
-def _package(name: str) -> Callable[[Window], bool]:
-    return lambda window: window.document.package == name
-
-
-def _holds(pattern: str, part: str = "text") -> Callable[[Window], bool]:
-    compiled = re.compile(pattern, re.M)
-    return lambda window: bool(compiled.search(getattr(window, part)))
-
-
-OBJECT = {f"from {name}": _package(name) for name in (
-    "sympy", "transformers", "pandas", "sklearn", "scipy", "matplotlib", "networkx", "numpy"
-)} | {
-    "of a class": lambda window: window.document.kind == "class",
-    "of a method": lambda window: bool(re.search(r"\.[A-Z]\w*\.\w+$", window.document.name)),
-    "of something private": lambda window: bool(re.search(r"\._[a-z]", window.document.name)),
-}  # fmt: skip
-INSIDE = {name: _holds(pattern) for name, pattern in {
-    "example prompt": r">>>", "URL": r"https?://", "two digits": r"\d\d", "decimal number": r"\d\.\d",
-    "acronym": r"\b[A-Z]{2,}\b", "parameter line": r"^\s*\*{0,2}\w+ : \S|^\s*\*{0,2}\w+ \(.+\):",
-    "the word optional": r"\boptional\b", "type word": r"\b(int|float|str|bool|dict|list|tuple)\b",
-    "True, False, None": r"\b(True|False|None)\b", "bullet": r"^\s*[-*] \w", "assignment": r"^\s*>>> \w+ = ",
-    "underlined heading": r"^\s*[-=~]{3,}\s*$", "quoted string": r"(['\"])\w[^'\"\n]*\1", "citation": r"\[\d+\]",
-    "capitalised words": r"\b[A-Z][a-z]+ [A-Z][a-z]+\b",
-}.items()}  # fmt: skip
-OUTSIDE = {
-    "starts among parameters": lambda window: section(window.before) in {"Parameters", "Args", "Arguments"},
-    "starts among examples": lambda window: section(window.before) in {"Example", "Examples"},
-    "deprecation in the document": lambda window: "deprecat" in window.document.text.lower(),
-    "first word a verb in -s": lambda window: bool(re.match(r"[A-Z][a-z]+[^s\W]s\b", window.document.text)),
-    "prompt after it": _holds(r">>>", "after"),
-    "returns after it": _holds(r"^\s*(Returns|Yields)\b", "after"),
-    "then a new line": _holds(r"\A[ \t]*\n", "after"),
-    "then a capital": _holds(r"\A\s*[A-Z]", "after"),
-    "a hundred characters left": lambda window: len(window.after) > 100,
-}
-TASKS: dict[str, dict[str, Callable[[Window], bool]]] = {"object": OBJECT, "inside": INSIDE, "outside": OUTSIDE}
-"""What is asked of docstrings: about the object that the text is about, the window itself, the text around it."""
-
-
-class Hub(NamedTuple):
-    """A labelled data set of the Hugging Face hub, one task for each class."""
-
-    name: str
-    text: str
-    """Column of the text; `translation.fr` is a key within a column."""
-    classes: Mapping[str, object]
-    """Task: the value that its positive rows have in the column `label`."""
-    label: str = ""
-    """Empty: a row's class is the configuration that it is from."""
-    configs: Mapping[object, str] = {None: None}
-    """Configurations to read, by class; `{}` in `text` stands for the class."""
-    revision: str | None = None
-
-
-_LANGUAGES = {"de": "de-en", "es": "en-es", "fr": "en-fr", "it": "en-it", "nl": "en-nl", "pt": "en-pt", "sv": "en-sv"}
-_CODE = {name: f"{name}-apache-2.0" for name in ("C", "Java", "JavaScript", "PHP", "Python")}
-HUB = (
-    Hub("fancyzhx/amazon_polarity", "content", {"positive review": 1}, "label"),
-    Hub("fancyzhx/ag_news", "text", {"world": 0, "sports": 1, "business": 2, "technology": 3}, "label"),
-    Hub("Helsinki-NLP/europarl", "translation.{}", {name: name for name in _LANGUAGES}, configs=_LANGUAGES),
-    Hub("codeparrot/github-code-clean", "code", {name: name for name in _CODE}, configs=_CODE,
-        revision="refs/convert/parquet"),
-    Hub("LabHC/bias_in_bios", "hard_text", {"professor": 21, "nurse": 13, "teacher": 26, "surgeon": 25}, "profession"),
-    Hub("LabHC/bias_in_bios", "hard_text", {"woman": 1}, "gender"),
-)  # fmt: skip
-"""Tasks of the paper's kind, for models of web text."""
 
 
 class Sample(NamedTuple):
@@ -143,6 +69,19 @@ class Source(NamedTuple):
     test: Sample
 
 
+def window(document: Document, before: str, text: str, after: str) -> Window:
+    """All that can be asked about."""
+    headings = [first or second for first, second in HEADING.findall(before)]
+    around = {"before": before, "text": text, "after": after, "section": headings[-1] if headings else ""}
+    return document._asdict() | {"document": document.text} | around
+
+
+def holds(task: tuple[str, str], of: Window) -> bool:
+    """The answer to one of `TASKS`."""
+    part, pattern = task
+    return bool(re.search(pattern, of[part], re.M))
+
+
 def sources(profile: Profile, tokenizer, n_train: int, n_test: int, seed: int) -> list[Source]:
     """The tasks that suit a profile's text: our own for docstrings and local text, those of `HUB` for web text.
 
@@ -153,16 +92,44 @@ def sources(profile: Profile, tokenizer, n_train: int, n_test: int, seed: int) -
         return [labelled(profile, tokenizer, entry, n_train, n_test, seed) for entry in HUB]
     test = list(_windows(profile, tokenizer, documents(profile, "test"), seed))
     test = [test[i] for i in torch.linspace(0, len(test) - 1, min(n_test, len(test))).long().tolist()]
-    known = {window.document.package for window, _ in test}
-    kept = known if isinstance(profile.text, Docstrings) else {d.package for d in documents(profile, "train")} | known
-    texts = (document for document in documents(profile, "train", seed) if document.package in kept)
+    texts, known = documents(profile, "train", seed), {of["package"] for of, _ in test}
+    if isinstance(profile.text, Docstrings):  # some packages are in no other split
+        texts = (document for document in texts if document.package in known)
     train = list(itertools.islice(_windows(profile, tokenizer, texts, seed), n_train))
-    named = {name: holds for group in TASKS.values() for name, holds in group.items()}
-    samples = [
-        Sample(_stack(part), torch.tensor([[holds(w) for holds in named.values()] for w, _ in part]))
-        for part in (train, test)
-    ]
-    return [_usable(list(named), *samples)]
+    return [_source({name: task for group in TASKS.values() for name, task in group.items()}, train, test)]
+
+
+def labelled(profile: Profile, tokenizer, entry: dict, n_train: int, n_test: int, seed: int) -> Source:
+    """Documents of one data set of the hub (or a folder in its place), streamed and shuffled; every class a task.
+
+    Raises:
+        UserError: the data set cannot be opened, or holds too few documents that are as long as a context.
+    """
+    configs = entry.get("configs", {None: None}).items()
+    each = -(-(n_train + n_test) // len(configs))
+    rows = [_windows(profile, tokenizer, _rows(entry, *config, seed), seed) for config in configs]
+    found = [pair for part in rows for pair in itertools.islice(part, each)]
+    if len(found) < n_train + n_test:
+        raise UserError(f"data set {entry['name']!r} holds {len(found)} documents as long as a context: ask for fewer")
+    order = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed)).tolist()
+    train, test = ([found[i] for i in part] for part in (order[:n_train], order[n_train : n_train + n_test]))
+    return _source({name: ("kind", rf"\A{value}\Z") for name, value in entry["tasks"].items()}, train, test)
+
+
+def _rows(entry: dict, value: object, config: str | None, seed: int) -> Iterator[Document]:
+    """Rows of one configuration as documents; the class stands where other documents say what kind they are."""
+    import datasets
+
+    name = entry["name"]
+    try:
+        rows = datasets.load_dataset(name, config, split="train", revision=entry.get("revision"), streaming=True)
+        for row in rows.shuffle(seed=seed, buffer_size=10_000):
+            text = row
+            for key in entry["text"].format(value).split("."):
+                text = text[key]
+            yield Document(text, name, name, str(row[entry["label"]] if "label" in entry else value))
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"cannot read data set {name!r}: {' '.join(str(error).split())}") from error
 
 
 def _windows(profile: Profile, tokenizer, texts: Iterable[Document], seed: int) -> Iterator[tuple[Window, list[int]]]:
@@ -176,60 +143,17 @@ def _windows(profile: Profile, tokenizer, texts: Iterable[Document], seed: int) 
             if len(ids) >= length:
                 start = int(torch.randint(len(ids) - length + 1, (), generator=draw))
                 parts = ids[:start], ids[start : start + length], ids[start + length :]
-                yield Window(document, *map(tokenizer.decode, parts)), bos + parts[1]
+                yield window(document, *map(tokenizer.decode, parts)), bos + parts[1]
 
 
-def _stack(part: Sequence[tuple[Window, list[int]]]) -> Int[Tensor, "n context"]:
-    if not part:
+def _source(tasks: dict[str, tuple[str, str]], *parts: Sequence[tuple[Window, list[int]]]) -> Source:
+    """Training and test documents with their labels, without the tasks that have under `FEWEST` of a kind in either."""
+    if not all(parts):
         raise UserError("no document is as long as a context: shorten context_length, or add text")
-    return torch.tensor([ids for _, ids in part])
-
-
-def _usable(tasks: list[str], train: Sample, test: Sample) -> Source:
-    """Without the tasks that have under `FEWEST` documents of a kind in either sample."""
-    common = [torch.minimum(part.labels.sum(0), (~part.labels).sum(0)) for part in (train, test)]
-    kept = (torch.minimum(*common) >= FEWEST).nonzero()[:, 0]
-    names = [tasks[i] for i in kept.tolist()]
-    return Source(names, *(part._replace(labels=part.labels[:, kept]) for part in (train, test)))
-
-
-def labelled(profile: Profile, tokenizer, entry: Hub, n_train: int, n_test: int, seed: int) -> Source:
-    """Documents of one data set of the hub (or a folder in its place), streamed and shuffled; every class a task.
-
-    Raises:
-        UserError: the data set cannot be opened, or holds too few documents that are as long as a context.
-    """
-    each = -(-(n_train + n_test) // len(entry.configs))
-    found = [
-        pair
-        for value, config in entry.configs.items()
-        for pair in itertools.islice(_windows(profile, tokenizer, _rows(entry, value, config, seed), seed), each)
-    ]
-    if len(found) < n_train + n_test:
-        raise UserError(f"data set {entry.name!r} holds {len(found)} documents as long as a context: ask for fewer")
-    order = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed)).tolist()
-    parts = [[found[i] for i in order[cut]] for cut in (slice(n_train), slice(n_train, n_train + n_test))]
-    wanted = [str(value) for value in entry.classes.values()]
-    samples = [
-        Sample(_stack(part), torch.tensor([[w.document.kind == value for value in wanted] for w, _ in part]))
-        for part in parts
-    ]
-    return _usable(list(entry.classes), *samples)
-
-
-def _rows(entry: Hub, value: object, config: str | None, seed: int) -> Iterator[Document]:
-    """Rows of one configuration as documents; the class stands where other documents say what kind they are."""
-    import datasets
-
-    try:
-        rows = datasets.load_dataset(entry.name, config, split="train", revision=entry.revision, streaming=True)
-        for row in rows.shuffle(seed=seed, buffer_size=10_000):
-            text = row
-            for key in entry.text.format(value).split("."):
-                text = text[key]
-            yield Document(text, entry.name, entry.name, str(value if not entry.label else row[entry.label]))
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"cannot read data set {entry.name!r}: {' '.join(str(error).split())}") from error
+    labels = [torch.tensor([[holds(task, of) for task in tasks.values()] for of, _ in part]) for part in parts]
+    common = torch.stack([torch.minimum(y.sum(0), (~y).sum(0)) for y in labels]).amin(0) >= FEWEST
+    samples = [Sample(torch.tensor([ids for _, ids in p]), y[:, common]) for p, y in zip(parts, labels, strict=True)]
+    return Source(list(itertools.compress(tasks, common.tolist())), *samples)
 
 
 # --- features ---------------------------------------------------------------------------------------------------------
@@ -259,6 +183,12 @@ def _averaged(sae: SAE, x: Float[Tensor, "few pos d_model"]) -> Float[Tensor, "f
     return total.scatter_add_(1, codes.indices.flatten(1), codes.values.flatten(1)) / x.shape[1]
 
 
+def counts(tokens: Int[Tensor, "n pos"], d_vocab: int) -> Columns:
+    """How often every token of the vocabulary stands in the context: what one token alone gives away."""
+    parts = tokens.split(64)
+    return columns(torch.zeros(len(p), d_vocab).scatter_add_(1, p, torch.ones(p.shape)) for p in parts)
+
+
 def residual(batches: Iterable[Float[Tensor, "few pos d_model"]]) -> Float[Tensor, "n d_model"]:
     """The activation as the SAE sees it (centred, norm 1), averaged over the context."""
     return torch.cat([in_unit_space(x, x)[0].double().mean(1).cpu() for x in batches])
@@ -275,11 +205,6 @@ def drawn(d_model: int, n: int, seed: int) -> Float[Tensor, "d_model n"]:
     return nn.functional.normalize(rows).mT
 
 
-def counts(tokens: Int[Tensor, "n pos"], d_vocab: int) -> Columns:
-    """How often every token of the vocabulary stands in the context: what one token alone gives away."""
-    return columns(nn.functional.one_hot(part, d_vocab).sum(1) for part in tokens.split(64))
-
-
 # --- probes -----------------------------------------------------------------------------------------------------------
 
 
@@ -291,10 +216,6 @@ class Fit(NamedTuple):
     ce: Float[Tensor, "features tasks"]
     """Cross-entropy on the documents of the fit, nats."""
 
-    def best(self) -> Int[Tensor, "tasks"]:
-        """For every task the feature with the lowest cross-entropy."""
-        return self.ce.argmin(0)
-
 
 def fit(x: Columns, labels: Bool[Tensor, "n tasks"], ridge: float = RIDGE) -> Fit:
     """All probes at once by Newton's method: minimal mean cross-entropy + ridge / 2 (w std(z))^2 (section 4.2).
@@ -304,7 +225,8 @@ def fit(x: Columns, labels: Bool[Tensor, "n tasks"], ridge: float = RIDGE) -> Fi
     n, y = len(x), labels.double()
     start, value = x.ccol_indices(), x.values()
     size = start.diff()
-    total, squares = (value.new_zeros(x.shape[1]).index_add_(0, _owner(size), v) for v in (value, value.square()))
+    owner = torch.arange(len(size)).repeat_interleave(size)
+    total, squares = (value.new_zeros(x.shape[1]).index_add_(0, owner, v) for v in (value, value.square()))
     spread = (squares / n - (total / n).square()).clamp_min(0).sqrt()
     spread[spread <= 1e-9 * (squares / n).sqrt()] = torch.inf  # constant: it says nothing, and gets no weight
     by_label = (x.mT @ y) / spread[:, None]
@@ -319,10 +241,6 @@ def fit(x: Columns, labels: Bool[Tensor, "n tasks"], ridge: float = RIDGE) -> Fi
         weight[some], bias[some], ce[some] = _newton(z, n, by_label[some], y.sum(0), ridge)
         at += len(some)
     return Fit(weight / spread[:, None], bias, ce)
-
-
-def _owner(size: Int[Tensor, "features"]) -> Int[Tensor, "entries"]:
-    return torch.arange(len(size)).repeat_interleave(size)
 
 
 def _newton(
@@ -369,12 +287,9 @@ def _softplus(x: Tensor) -> Tensor:
     return nn.functional.softplus(x, threshold=40)  # the default gives up digits
 
 
-def losses(
-    found: Fit, x: Columns, labels: Bool[Tensor, "n tasks"], best: Int[Tensor, "tasks"] | None = None
-) -> Float[Tensor, "n tasks"]:
-    """Cross-entropy of every document (held-out ones, if `x` is) under each task's best probe, nats."""
-    best = found.best() if best is None else best
-    start = x.ccol_indices()
+def losses(found: Fit, x: Columns, labels: Bool[Tensor, "n tasks"]) -> Float[Tensor, "n tasks"]:
+    """Cross-entropy of every document (held-out ones, if `x` is) under each task's best probe of the fit, nats."""
+    best, start = found.ce.argmin(0), x.ccol_indices()
     z = x.values().new_zeros(len(best), len(x))
     for task, feature in enumerate(best.tolist()):
         own = slice(int(start[feature]), int(start[feature + 1]))
@@ -388,6 +303,28 @@ def cross_entropy(logit: Float[Tensor, "n tasks"], labels: Bool[Tensor, "n tasks
     return _softplus(logit) - labels * logit
 
 
+def whole(
+    x: Float[Tensor, "n d_model"], labels: Bool[Tensor, "n tasks"], held_out: Float[Tensor, "m d_model"]
+) -> Float[Tensor, "m tasks"]:
+    """Logits of a logistic probe on all channels together, one a task, with the best of `RIDGES`."""
+    spread = x.std(0).clamp_min(1e-9)
+    seen, unseen = (((part - x.mean(0)) / spread).numpy() for part in (x, held_out))
+    own = torch.arange(len(x)) % 4 != 3
+
+    def logits(x, y: Tensor, judged, ridge: float) -> Tensor:
+        found = LogisticRegression(C=1 / (ridge * len(x)), solver="newton-cholesky").fit(x, y.numpy())
+        return torch.from_numpy(found.decision_function(judged))
+
+    found = []
+    for y in labels.mT:
+        tried = [cross_entropy(logits(seen[own], y[own], seen[~own], r), y[~own]).mean() for r in RIDGES]
+        found.append(logits(seen, y, unseen, RIDGES[int(torch.stack(tried).argmin())]))
+    return torch.stack(found, 1)
+
+
+# --- scores -----------------------------------------------------------------------------------------------------------
+
+
 def entropy(labels: Bool[Tensor, "n tasks"]) -> Float[Tensor, "tasks"]:
     """Of each task's labels, nats: what a probe pays that knows how common they are and nothing else."""
     share = labels.double().mean(0)
@@ -395,30 +332,46 @@ def entropy(labels: Bool[Tensor, "n tasks"]) -> Float[Tensor, "tasks"]:
 
 
 class Scores(NamedTuple):
-    """Cross-entropies of held-out documents under the best probe of each task; a list has one entry for each source."""
+    """How well the best probe of each task does; a list has one entry for each source."""
 
     ce: list[Float[Tensor, "n tasks"]]
+    """Cross-entropies of held-out documents, nats."""
     labels: list[Bool[Tensor, "n tasks"]]
-    luck: float = math.nan
-    """Mean over tasks of cross-entropy over entropy on the documents that the probes were fitted to and chosen on."""
+    seen: Sequence[Float[Tensor, "tasks"]] = ()
+    """Cross-entropy over entropy on the documents that the probes were fitted to and chosen on."""
 
     def relative(self) -> list[Float[Tensor, "n tasks"]]:
-        """Over the entropy of the task's labels: 1 is what it costs to know nothing but how common they are."""
-        return [ce / entropy(labels) for ce, labels in zip(self.ce, self.labels, strict=True)]
+        """Loss over the entropy of the task's labels: 1 is what it costs to know nothing but how common they are.
 
-    def result(self) -> Estimate:
-        """Mean over tasks, with its standard error over documents."""
-        return overall(self.relative())
+        The mean over documents is that ratio. What a document does to the entropy is added to its own share (linear,
+        mean 0), so that standard errors know that the divisor is measured too.
+        """
+        return [_relative(*pair) for pair in zip(self.ce, self.labels, strict=True)]
 
     def tasks(self) -> list[Estimate]:
         """Every task's, with its standard error over documents."""
         return [mean(column) for part in self.relative() for column in part.mT]
 
 
-def overall(values: Sequence[Float[Tensor, "n tasks"]]) -> Estimate:
-    """Mean over the tasks of all sources of what documents have on average; standard error over documents."""
-    tasks, each = sum(part.shape[1] for part in values), [mean(part.sum(1)) for part in values]
+def _relative(ce: Float[Tensor, "n tasks"], labels: Bool[Tensor, "n tasks"]) -> Float[Tensor, "n tasks"]:
+    share, h = labels.double().mean(0), entropy(labels)
+    return ce / h + ce.mean(0) / h**2 * share.logit() * (labels.double() - share)
+
+
+def overall(values: Sequence[Float[Tensor, "n tasks"]], where: Sequence[bool] | None = None) -> Estimate | None:
+    """Mean over tasks (those `where` says, None if there are none) of the mean over documents; se over documents."""
+    sizes = [part.shape[1] for part in values]
+    chosen = torch.tensor([True] * sum(sizes) if where is None else list(where)).double()
+    if not chosen.any():
+        return None
+    each = [mean(part @ own) for part, own in zip(values, chosen.split(sizes), strict=True)]
+    tasks = chosen.sum().item()
     return Estimate(sum(e.value for e in each) / tasks, sum(e.se**2 for e in each) ** 0.5 / tasks)
+
+
+def gain(of: Scores | None, over: Scores | None) -> list[Float[Tensor, "n tasks"]] | None:
+    """Document by document, what one loses less than the other: paired, for `overall`. None where one was not run."""
+    return of and over and [b - a for a, b in zip(of.relative(), over.relative(), strict=True)]
 
 
 def judged(tasks: Sequence[Source], features: Iterable[tuple[Columns, Columns]], shuffled: int | None = None) -> Scores:
@@ -428,14 +381,14 @@ def judged(tasks: Sequence[Source], features: Iterable[tuple[Columns, Columns]],
         features: for each source those of its training documents and those of its test documents.
         shuffled: seed of an order that labels are put into first, so that nothing is left to be found.
     """
-    ces, labels, luck = [], [], 0.0
-    for source, (seen, held_out) in zip(tasks, features, strict=True):
-        y = [_shuffled(part.labels, shuffled) for part in (source.train, source.test)]
-        found = fit(seen, y[0])
-        ces.append(losses(found, held_out, y[1]))
-        labels.append(y[1])
-        luck += (found.ce.amin(0) / entropy(y[0])).sum().item()
-    return Scores(ces, labels, luck / sum(len(source.tasks) for source in tasks))
+    ces, labels, seen = [], [], []
+    for source, (x, held_out) in zip(tasks, features, strict=True):
+        y, unseen = (_shuffled(part.labels, shuffled) for part in (source.train, source.test))
+        found = fit(x, y)
+        ces.append(losses(found, held_out, unseen))
+        labels.append(unseen)
+        seen.append(found.ce.amin(0) / entropy(y))
+    return Scores(ces, labels, seen)
 
 
 def _shuffled(labels: Bool[Tensor, "n tasks"], seed: int | None) -> Bool[Tensor, "n tasks"]:
@@ -444,44 +397,27 @@ def _shuffled(labels: Bool[Tensor, "n tasks"], seed: int | None) -> Bool[Tensor,
     return labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))]
 
 
-RIDGES = (0.1, 0.01, 0.001)
-"""Of the probe on the whole residual stream; the best on a quarter of the training documents is taken."""
+def along(
+    tasks: Sequence[Source], means: Sequence[tuple[Float[Tensor, "n d_model"], Float[Tensor, "m d_model"]]],
+    turns: Sequence[Float[Tensor, "d_model directions"]], most: int = 2048,
+) -> Scores:  # fmt: skip
+    """`judged`, of an averaged activation's components along directions (for each source); `most` at a time."""
+    best = None
+    for some in zip(*(turn.split(most, 1) for turn in turns), strict=True):
+        pairs = zip(means, some, strict=True)
+        found = judged(tasks, [[columns([x @ turn]) for x in pair] for pair, turn in pairs])
+        best = found if best is None else _better(best, found)
+    return best
 
 
-def whole(
-    x: Float[Tensor, "n d_model"], labels: Bool[Tensor, "n tasks"], held_out: Float[Tensor, "m d_model"]
-) -> Float[Tensor, "m tasks"]:
-    """Logits of a logistic probe on all channels together, one a task: the ceiling of what is linear in them."""
-    spread = x.std(0).clamp_min(1e-9)
-    x, held_out = (nn.functional.pad((part - x.mean(0)) / spread, (0, 1), value=1.0) for part in (x, held_out))
-    own = torch.arange(len(x)) % 4 != 3
-    found = []
-    for y in tqdm(labels.double().mT, desc="whole residual", unit="task", leave=False):
-        tried = {r: cross_entropy(x[~own] @ whole_fit(x[own], y[own], r), y[~own]).mean() for r in RIDGES}
-        found.append(held_out @ whole_fit(x, y, min(tried, key=tried.get)))
-    return torch.stack(found, 1)
-
-
-def whole_fit(x: Float[Tensor, "n d"], y: Float[Tensor, "n"], ridge: float) -> Float[Tensor, "d"]:
-    """Weights of one logistic probe by Newton's method; the last column of x is 1, and its weight has no ridge."""
-    penalty = torch.full_like(x[0], ridge)
-    penalty[-1] = 0
-
-    def value(w: Tensor) -> Tensor:
-        return cross_entropy(x @ w, y).mean() + (penalty * w * w).sum() / 2
-
-    w = torch.zeros_like(x[0])
-    loss = value(w)
-    for _ in range(100):
-        p = (x @ w).sigmoid()
-        slope = x.mT @ (p - y) / len(x) + penalty * w
-        if slope.abs().max() < 1e-9:
-            break
-        step = torch.linalg.solve((x.mT * (p - p * p)) @ x / len(x) + penalty.diag(), slope)
-        while (tried := value(w - step)) > loss + 1e-14:
-            step = step / 2
-        w, loss = w - step, tried
-    return w
+def _better(one: Scores, other: Scores) -> Scores:
+    """For each task the one that is better in training."""
+    lower = [b < a for a, b in zip(one.seen, other.seen, strict=True)]
+    ce, seen = (
+        [torch.where(at, b, a) for at, a, b in zip(lower, *pair, strict=True)]
+        for pair in ((one.ce, other.ce), (one.seen, other.seen))
+    )
+    return Scores(ce, one.labels, seen)
 
 
 # --- the stored sweep -------------------------------------------------------------------------------------------------
@@ -499,8 +435,8 @@ def sweep(profile_name: str) -> pd.DataFrame:
             for tokens, value, se in zip(one["tokens"], *points, strict=True):
                 ends = tokens == one["tokens"][-1], len(one["tokens"]) == 1
                 found.append((one["n_latents"], one["k"], seed, tokens, value, se, *ends))
-    columns = ["n", "k", "seed", "tokens", "value", "se", "end", "alone"]
-    return pd.DataFrame(found, columns=columns).astype({"end": bool, "alone": bool})
+    names = ["n", "k", "seed", "tokens", "value", "se", "end", "alone"]
+    return pd.DataFrame(found, columns=names).astype({"end": bool, "alone": bool})
 
 
 def folders(profile_name: str, variant: str, seed: int, every: bool) -> dict[int, Path]:
@@ -509,11 +445,10 @@ def folders(profile_name: str, variant: str, seed: int, every: bool) -> dict[int
     Raises:
         UserError: the sweep was not run on this machine: its autoencoders are not kept with the book.
     """
-    whole = stored(profile_name, f"07_sweep/{variant}").get("tokens", {}).get("value") or []
+    points = stored(profile_name, f"07_sweep/{variant}").get("tokens", {}).get("value") or []
     place = BUILD / "sweep" / profile_name / variant / str(seed)
-    found = {tokens: place / str(tokens) for tokens in (whole if every else whole[-1:])}
+    found = {tokens: place / str(tokens) for tokens in (points if every else points[-1:])}
     if not found or not all(path.exists() for path in found.values()):
-        raise UserError(
-            f"the autoencoders of {variant} are not there: run `saelib run 07 --sweep -p variant={variant}`"
-        )
+        cure = f"run `saelib run 07 --sweep -p variant={variant}`"
+        raise UserError(f"the autoencoders of {variant} are not there: {cure}")
     return found

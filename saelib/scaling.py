@@ -2,15 +2,14 @@
 
 One run gives a whole curve: the learning rate is constant and the weights are averaged, so the average at any moment is
 as good as a run that was ended there. Laws are fitted to the logarithm of the error, by a loss that a stray run moves
-little, from several starts; their intervals come from refits to resampled residuals.
+little; their intervals come from refits to errors whose residuals change sign at random (a wild bootstrap).
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,6 +34,7 @@ FEWEST = 12
 """Converged runs without which no joint law is fitted."""
 STRAY = 0.03
 """Residuals of log error beyond which the fits count a run for less."""
+REFITS = 100
 Array = Float[np.ndarray, "runs"]
 
 
@@ -104,8 +104,8 @@ def curves(profile_name: str, d_model: int) -> pd.DataFrame:
         found = {name: entry["value"] for name, entry in stored(profile_name, f"07_sweep/{variant}").items()}
         n, k = change["recipe.n_latents"], change["recipe.k"]
         for seed, run in enumerate(zip(*(found[name] for name in ("mse", "se", "dead")), strict=True) if found else ()):
-            rows += [(variant, n, k, seed, *point) for point in zip(found["tokens"], *run, strict=True)]
-    table = pd.DataFrame(rows, columns=["variant", "n", "k", "seed", *Point._fields])
+            rows += [(n, k, seed, *point) for point in zip(found["tokens"], *run, strict=True)]
+    table = pd.DataFrame(rows, columns=["n", "k", "seed", *Point._fields])
     return table.assign(flops=flops(table.n, table.k, d_model) * table.tokens)
 
 
@@ -114,12 +114,11 @@ def ends(points: pd.DataFrame) -> pd.DataFrame:
 
     One row for each n and k: seeds are averaged, and `spread` is the standard deviation of their log error.
     """
-    last = points.groupby(["n", "k", "seed"], as_index=False).tail(1)
-    then = points.merge(last[["n", "k", "seed", "tokens"]], on=["n", "k", "seed"], suffixes=("", "_end"))
-    then = then[then.tokens <= 0.75 * then.tokens_end].groupby(["n", "k", "seed"]).mse.last()
-    by_run = last.set_index(["n", "k", "seed"])
-    by_run = by_run.assign(fall=1 - by_run.mse / then, log=np.log(by_run.mse.astype(float)))
-    groups = by_run.groupby(["n", "k"])
+    run = ["n", "k", "seed"]
+    last = points.groupby(run).last()
+    before = points[points.tokens <= 0.75 * points.groupby(run).tokens.transform("max")].groupby(run).mse.last()
+    last = last.assign(fall=1 - last.mse / before, log=np.log(last.mse.astype(float)))
+    groups = last.groupby(["n", "k"])
     table = groups[["tokens", "flops", "mse", "se", "dead", "fall"]].mean()
     table = table.assign(seeds=groups.size(), spread=groups.log.std(), converged=table.fall < CONVERGED)
     return table.reset_index()
@@ -156,10 +155,7 @@ class Power(NamedTuple):
 
 
 class Joint(NamedTuple):
-    """L(n, k) = exp(alpha + beta_k log k + beta_n log n + gamma log k log n) + exp(zeta + eta log k) (section 3).
-
-    Ours, not the paper's, is `bend`: it times log^2 k is added within the first exponential.
-    """
+    """L(n, k) = exp(alpha + beta_k log k + beta_n log n + gamma log k log n) + exp(zeta + eta log k) (section 3)."""
 
     alpha: float
     beta_k: float
@@ -167,113 +163,118 @@ class Joint(NamedTuple):
     gamma: float
     zeta: float
     eta: float
-    bend: float = 0.0
+
+    def at(self, k: float | Array) -> Power:
+        """The law of n at one k."""
+        at = np.log(k)
+        return Power(self.alpha + self.beta_k * at, -self.beta_n - self.gamma * at, self.zeta + self.eta * at)
 
     def __call__(self, n: Array, k: Array) -> Array:
-        log_n, log_k = np.log(n), np.log(k)
-        falling = self.alpha + self.beta_k * log_k + self.beta_n * log_n + self.gamma * log_k * log_n
-        return np.exp(np.logaddexp(falling + self.bend * log_k**2, self.zeta + self.eta * log_k))
-
-    def floor(self, k: float) -> float:
-        """The error that no number of latents takes away: the irreducible term."""
-        return float(np.exp(self.zeta + self.eta * np.log(k)))
-
-    def exponent(self, k: float) -> float:
-        """How the reducible term falls with n at this k: n^-exponent."""
-        return -float(self.beta_n + self.gamma * np.log(k))
+        return self.at(k)(n)
 
 
 Law = Power | Joint
 
 
-def fit_power(x: Array, error: Array, floor: bool = False, start: Power | None = None) -> Power:
+class Fit(NamedTuple):
+    """A law, and how far it can be trusted."""
+
+    law: Law
+    again: list[Law]
+    """Fitted to errors made anew: the law's own, times its residuals with random signs, one sign for each run."""
+    off: float
+    """Root mean square of the residuals of log error."""
+    worst: float
+
+    def reading(self, read: Callable[[Law], float]) -> tuple[float, float, float, float]:
+        """Something read off the law: its value, standard error, and the ends of its 95 % interval."""
+        values = [read(law) for law in self.again]
+        return read(self.law), float(np.std(values, ddof=1)), *map(float, np.quantile(values, (0.025, 0.975)))
+
+
+def fit(nearest: Callable[..., Law], x: Sequence[Array], error: Array, run: Array | None = None) -> Fit:
+    """Fit a law by `nearest(*x, error)`, then `REFITS` times again.
+
+    What the law cannot fit is among the residuals, so the spread of the refits is not that of seeds alone. They are
+    stretched by the degrees of freedom that the fit has taken.
+
+    Args:
+        run: the run that each point belongs to; by default every point is a run of its own.
+    """
+    law = nearest(*x, error)
+    expected, free = np.log(law(*x)), sum(map(math.isfinite, law))
+    left = np.log(error) - expected
+    runs = pd.factorize(np.arange(len(left)) if run is None else run)[0]
+    signs = np.random.default_rng(0).choice([-1.0, 1.0], (REFITS, runs.max() + 1))[:, runs]
+    drawn = signs * left * math.sqrt(len(left) / max(1, len(left) - free))
+    again = [nearest(*x, np.exp(expected + one)) for one in drawn]
+    return Fit(law, again, float(np.sqrt(np.square(left).mean())), float(np.abs(left).max()))
+
+
+def fit_power(x: Array, error: Array, floor: bool = False) -> Power:
     """The power law nearest to the errors, with an irreducible term where `floor` says so."""
-    shares = (0.1, 0.5, 0.9) if floor else (0.0,)
-    starts = [
-        [*np.polyfit(-np.log(x), np.log(error - s * error.min()), 1)[::-1], *_log(s * error.min())] for s in shares
-    ]
-    return _nearest(Power, (x,), error, [start[: 2 + floor], starts[0]] if start else starts)
+    starts = []
+    for share in (0.1, 0.5, 0.9) if floor else (0.0,):
+        slope, level = np.polyfit(np.log(x), np.log(error - share * error.min()), 1)
+        starts.append([level, -slope, *np.log([share * error.min()] * floor)])
+    return _nearest(Power, (x,), error, starts)
 
 
-def fit_joint(n: Array, k: Array, error: Array, bend: bool = False, start: Joint | None = None) -> Joint:
-    """The joint law nearest to the errors (section 3); with `bend`, one that may curve in log k."""
+def fit_joint(n: Array, k: Array, error: Array) -> Joint:
+    """The joint law nearest to the errors (section 3)."""
     log_n, log_k = np.log(n), np.log(k)
-    terms = np.stack([np.ones_like(log_n), log_k, log_n, log_n * log_k, *[log_k**2] * bend], axis=1)
-    lowest = pd.Series(error).groupby(np.asarray(k)).transform("min").to_numpy()
+    terms = np.stack([np.ones_like(log_n), log_k, log_n, log_n * log_k], axis=1)
+    lowest = pd.Series(error).groupby(k).transform("min").to_numpy()
     slope, level = np.polyfit(log_k, np.log(lowest), 1)
     starts = []
-    for share in (0.1, 0.4, 0.7, 0.9):
+    for share in (0.1, 0.8):  # of the lowest error at each k that is irreducible
         reducible = np.log(np.maximum(error - share * np.exp(level + slope * log_k), 0.02 * error))
-        falling = np.linalg.lstsq(terms, reducible, rcond=None)[0]
-        starts.append([*falling[:4], level + math.log(share), slope, *falling[4:]])
-    return _nearest(Joint, (n, k), error, [start[: 6 + bend], starts[1]] if start else starts)
-
-
-def _log(value: float) -> list[float]:
-    return [math.log(value)] if value > 0 else []
+        starts.append([*np.linalg.lstsq(terms, reducible, rcond=None)[0], level + math.log(share), slope])
+    return _nearest(Joint, (n, k), error, starts)
 
 
 def _nearest(law: type[Law], x: Sequence[Array], error: Array, starts: Sequence[Sequence[float]]) -> Law:
     """The best of least-squares fits in log error from several starts, with a loss that grows linearly for strays."""
 
-    @np.errstate(over="ignore")  # a wild step is rejected
     def residuals(values: Sequence[float]) -> Array:
         return np.nan_to_num(np.log(law(*values)(*x)) - np.log(error))
 
+    # without a bound of ours on eta, one k can have the irreducible term to itself
     most = np.array([2.5 if name == "eta" else math.inf for name in law._fields])[: len(starts[0])]
-    how = {"loss": "soft_l1", "f_scale": STRAY, "x_scale": "jac", "bounds": (-most, most)}  # else one k owns the floor
-    found = [least_squares(residuals, np.clip(one, -most, most), **how, xtol=1e-10, ftol=1e-10) for one in starts]
+    how = {"loss": "soft_l1", "f_scale": STRAY, "x_scale": "jac", "bounds": (-most, most), "max_nfev": 200}
+    with np.errstate(all="ignore"):  # a wild step is rejected
+        found = [least_squares(residuals, np.clip(one, -most, most), **how) for one in starts]
     return law(*min(found, key=lambda one: one.cost).x.tolist())
 
 
-def refits(
-    fit: Callable[..., Law], law: Law, x: Sequence[Array], error: Array, times: int = 100, seed: int = 0
-) -> list[tuple[Law, float]]:
-    """Laws fitted to errors made anew: the law's own, times residuals drawn with replacement. With each one residual.
-
-    Residuals are stretched by sqrt(m / (m - p)) for m runs and p parameters. What the law cannot fit is among them, so
-    the spread of the refits is not that of seeds alone.
-    """
-    draw, expected = np.random.default_rng(seed), np.log(law(*x))
-    free = sum(map(math.isfinite, law))
-    left = (np.log(error) - expected) * math.sqrt(len(error) / max(1, len(error) - free))
-    again = []
-    for _ in range(times):
-        drawn = draw.choice(left, len(left) + 1)
-        again.append((fit(*x, np.exp(expected + drawn[1:]), start=law), float(drawn[0])))
-    return again
+def power_laws(groups: Iterable[tuple[int, pd.DataFrame]], x: str, run: str | None = None) -> dict[int, Fit]:
+    """The power law of `mse` in column `x`, for each group of three points or more; `run` as in `fit`, a column."""
+    return {
+        key: fit(fit_power, (some[x].to_numpy(float),), some.mse.to_numpy(float), run and some[run])
+        for key, some in groups if len(some) >= 3
+    }  # fmt: skip
 
 
-def interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Standard deviation, and the ends of the middle 95 %."""
-    return float(np.std(values, ddof=1)), *map(float, np.quantile(values, (0.025, 0.975)))
+def joint_law(runs: pd.DataFrame) -> Fit | None:
+    """The joint law of these runs; None with fewer than `FEWEST`."""
+    return fit(fit_joint, _sizes(runs), runs.mse.to_numpy(float)) if len(runs) >= FEWEST else None
 
 
-def foretold(runs: pd.DataFrame, bend: bool = False) -> pd.DataFrame | None:
+def foretold(runs: pd.DataFrame) -> pd.DataFrame | None:
     """The largest n, predicted by the joint law from all the smaller: `predicted` beside `mse`, and `off`, their ratio.
 
-    `off_se` is the standard error of the prediction with the noise of one run; `as_before` is what one would be off by
-    without a law, with the error of the next smaller n. None: fewer than `FEWEST` smaller runs are left.
+    `off_se` is the standard error of the prediction and of a new run; `as_before` is what one would be off by without
+    a law, with the error of the next smaller n. None: fewer than `FEWEST` smaller runs.
     """
     known, asked = runs[runs.n < runs.n.max()], runs[runs.n == runs.n.max()]
-    if len(known) < FEWEST:
+    found = joint_law(known)
+    if found is None:
         return None
-    fit = functools.partial(fit_joint, bend=bend)
-    x, error, at = _sizes(known), known.mse.to_numpy(float), _sizes(asked)
-    law = fit(*x, error)
-    again = [np.log(one(*at)) + residual for one, residual in refits(fit, law, x, error, times=40)]
-    before = asked.k.map(known.sort_values("n").groupby("k").mse.last())
-    table = asked.assign(predicted=law(*at), off=law(*at) / asked.mse - 1, as_before=before / asked.mse - 1)
-    return table.assign(off_se=np.std(again, axis=0, ddof=1))
-
-
-def joint_law(runs: pd.DataFrame, bend: bool = False) -> tuple[Joint, list[Joint]] | None:
-    """The joint law of these runs and its refits; None with fewer than `FEWEST`."""
-    if len(runs) < FEWEST:
-        return None
-    fit, x, error = functools.partial(fit_joint, bend=bend), _sizes(runs), runs.mse.to_numpy(float)
-    law = fit(*x, error)
-    return law, [one for one, _ in refits(fit, law, x, error)]
+    at, before = _sizes(asked), asked.k.map(known.sort_values("n").groupby("k").mse.last())
+    predicted = found.law(*at)
+    se = np.hypot(np.std([np.log(law(*at)) for law in found.again], axis=0, ddof=1), found.off)
+    off, as_before = predicted / asked.mse - 1, before / asked.mse - 1
+    return asked.assign(predicted=predicted, off=off, off_se=se, as_before=as_before)
 
 
 def _sizes(runs: pd.DataFrame) -> tuple[Array, Array]:
@@ -284,33 +285,27 @@ def _sizes(runs: pd.DataFrame) -> tuple[Array, Array]:
 
 
 def bill(
-    sizes: Mapping[str, float],
-    k: int,
-    width: int,
-    tokens: float,
-    model: tuple[float, float],
-    speed: float,
-    price: float,
-) -> pd.DataFrame:
+    sizes: Mapping[str, float], k: int, width: int, tokens: float,
+    model_parameters: float, model_tokens: float, flops_per_dollar: float,
+) -> pd.DataFrame:  # fmt: skip
     """What autoencoders of these many latents cost, one column each: all rows in the units that they name.
 
-    Args:
-        width: of the activation that is read, d_model.
-        tokens: that an autoencoder trains on.
-        model: parameters of the model that is read (those in use for a token), and tokens it was trained on.
-        speed: operations per second of one GPU in use; price: of its hour, dollars.
+    They train on `tokens` activations of this width, which a model gives that was itself trained on `model_tokens`.
     """
-    parameters, trained_on = model
-    reading, whole = 2 * parameters * tokens, 6 * parameters * trained_on
+    reading, whole = 2 * model_parameters * tokens, 6 * model_parameters * model_tokens
     columns = {}
     for name, n in sizes.items():
         sparse, dense = (flops(n, k, width, dense) * tokens for dense in (False, True))
         columns[name] = {
-            "parameters": 2 * n * width + width, "over the model's parameters": (2 * n * width + width) / parameters,
-            "training state, bytes": 20 * n * 2 * width, "training, FLOPs": sparse, "the same, dense count": dense,
-            "reading the activations, FLOPs": reading, "GPU hours, all": (sparse + reading) / speed / 3600,
-            "dollars, all": (sparse + reading) / speed / 3600 * price, "over the model's training": sparse / whole,
-            "the same, dense count and reading": (dense + reading) / whole,
-            "in use, over the model's own FLOPs per token": 2 * width * (n + k) / (2 * parameters),
-        }  # fmt: skip
+            "parameters": 2 * n * width + width,
+            "over the model's parameters": (2 * n * width + width) / model_parameters,
+            "training state, bytes": 20 * 2 * n * width,  # weights, gradients, two moments, average: 4 bytes each
+            "training, FLOPs": sparse,
+            "the same, dense count": dense,
+            "reading the activations, FLOPs": reading,
+            "dollars, training and reading": (sparse + reading) / flops_per_dollar,
+            "training, over the model's": sparse / whole,
+            "the same, dense count, with reading": (dense + reading) / whole,
+            "in use, over the model's own FLOPs per token": width * (n + k) / model_parameters,
+        }
     return pd.DataFrame(columns)

@@ -10,7 +10,7 @@ by. Directions are compared where they cost the model the same: at equal rise of
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -23,9 +23,8 @@ from tqdm import tqdm
 
 from saelib import UserError, sparsity
 from saelib.metrics import Estimate, pieces
-from saelib.n2g import Scored
 from saelib.sae import SAE
-from saelib.splice import LOGITS, Variant, only, prefix, suffix
+from saelib.splice import LOGITS, prefix, suffix
 
 TOP = 50
 """Contexts in which a latent fires most strongly: what comes next there are its own next tokens."""
@@ -35,9 +34,11 @@ LEAST = 64
 """Firings in the training text that a latent needs to be steered: below, neither percentile nor tokens are known."""
 PLACES = 8
 """Tokens of the training text at which a latent's ablation sparsity is measured."""
-
 WRITTEN = 24
 """Tokens that the model writes."""
+
+Way = Callable[[Float[Tensor, "n pos d_model"], float], Float[Tensor, "n pos d_model"]]
+"""A way of steering: what it makes of activations at a strength."""
 
 
 # --- what training text says about a latent ---------------------------------------------------------------------------
@@ -47,7 +48,7 @@ class Studied(NamedTuple):
     """Latents that are to be steered."""
 
     table: pd.DataFrame
-    """One row per latent (the index): `density`, `p99`, `share` of its top activations that an own token follows."""
+    """One row per latent (the index): `density`, `p99`, `share` of top activations that an own token follows."""
     own: Int[Tensor, "m size"]
     """Own next tokens, most telling first; -1: no more."""
     decoder: Float[Tensor, "m d_model"]
@@ -69,6 +70,8 @@ def studied(
 ) -> Studied:  # fmt: skip
     """Draw latents evenly over density and look at them in training text.
 
+    Own tokens are chosen in contexts of even number; `share` is of the others' top activations.
+
     Args:
         xs: activations at `tokens`, raw.
 
@@ -76,25 +79,22 @@ def studied(
         UserError: too few latents fire often enough.
     """
     x, fires = _fires(sae, xs)
-    chosen = drawn(np.bincount(fires.latent, minlength=sae.n_latents), m, seed)
+    fires = fires[fires.latent.isin(drawn(np.bincount(fires.latent, minlength=sae.n_latents), m, seed))]
+    groups = fires.groupby("latent")
+    table = groups.value.agg(density=lambda values: len(values) / len(x), p99=lambda values: values.quantile(0.99))
     base = torch.bincount(tokens.flatten(), minlength=vocab).double() / tokens.numel()
-    length, total = tokens.shape[1], x.sum(0, dtype=torch.float64)
-    found, own, means, places = [], [], [], []
-    for latent, group in fires[fires.latent.isin(chosen)].groupby("latent"):
-        near = group[group["at"] < length - 1].sort_values("value", ascending=False, kind="stable")
-        top = torch.tensor(near.drop_duplicates("row").head(TOP)[["row", "at"]].to_numpy())
-        following = tokens[top[:, 0], top[:, 1] + 1]
-        own.append(own_tokens(following, base))
-        here = x[torch.tensor((group["row"] * length + group["at"]).to_numpy())].sum(0, dtype=torch.float64)
-        means.append(here / len(group) - (total - here) / (len(x) - len(group)))
-        share = torch.isin(following, own[-1]).double().mean().item()
-        found.append((latent, len(group) / len(x), group["value"].quantile(0.99), share))
-        whole = group[group["at"] <= length - sparsity.WINDOW]
-        places.append(whole.sample(min(PLACES, len(whole)), random_state=seed))
-    table = pd.DataFrame(found, columns=["latent", "density", "p99", "share"]).set_index("latent")
+    own, share, inside = [], [], []
+    for _, group in groups:
+        even = group["row"] % 2 == 0
+        own.append(own_tokens(_following(group[even], tokens), base))
+        share.append(torch.isin(_following(group[~even], tokens), own[-1]).double().mean().item())
+        which = torch.tensor((group["row"] * tokens.shape[1] + group["at"]).to_numpy())
+        inside.append(x[which].mean(0, dtype=torch.float64))
+    means = torch.stack(inside) - x.mean(0, dtype=torch.float64)  # along inside less outside
+    whole = fires[fires["at"] <= tokens.shape[1] - sparsity.WINDOW].sample(frac=1, random_state=seed)
     decoder = nn.functional.normalize(sae.W_dec[torch.tensor(table.index.to_numpy())], dim=-1)
-    unit = nn.functional.normalize(torch.stack(means), dim=-1).to(decoder)
-    return Studied(table, torch.stack(own), decoder, unit, pd.concat(places))
+    unit = nn.functional.normalize(means, dim=-1).to(decoder)
+    return Studied(table.assign(share=share), torch.stack(own), decoder, unit, whole.groupby("latent").head(PLACES))
 
 
 def _fires(sae: SAE, xs: Sequence[Tensor]) -> tuple[Float[Tensor, "tokens d_model"], pd.DataFrame]:
@@ -112,6 +112,13 @@ def _fires(sae: SAE, xs: Sequence[Tensor]) -> tuple[Float[Tensor, "tokens d_mode
     return torch.cat(spaced), fires.astype({"latent": int, "row": int, "at": int})
 
 
+def _following(group: pd.DataFrame, tokens: Int[Tensor, "n pos"]) -> Int[Tensor, "top"]:
+    """The tokens after a latent's top activations, one of each context."""
+    near = group[group["at"] < tokens.shape[1] - 1].sort_values("value", ascending=False, kind="stable")
+    rows, at = torch.tensor(near.drop_duplicates("row").head(TOP)[["row", "at"]].to_numpy()).T
+    return tokens[rows, at + 1]
+
+
 def drawn(counts: np.ndarray, m: int, seed: int) -> np.ndarray:
     """Of the latents with `LEAST` firings or more, in order of density: one at random from each of `m` equal parts.
 
@@ -124,8 +131,8 @@ def drawn(counts: np.ndarray, m: int, seed: int) -> np.ndarray:
             f"only {len(often)} latents fire {LEAST} times or more, not {m}: steer fewer, or read more text"
         )
     order = often[np.argsort(counts[often], kind="stable")]
-    random = np.random.default_rng(seed)
-    return np.array([random.choice(part) for part in np.array_split(order, m)])
+    lots = np.random.default_rng(seed).random(len(counts))  # a lot each: a count that is off by one changes little
+    return np.array([part[lots[part].argmax()] for part in np.array_split(order, m)])
 
 
 def own_tokens(following: Int[Tensor, "top"], base: Float[Tensor, "vocab"]) -> Int[Tensor, "size"]:
@@ -141,57 +148,41 @@ def own_tokens(following: Int[Tensor, "top"], base: Float[Tensor, "vocab"]) -> I
     return best.where(fits, -1)
 
 
+@torch.no_grad()
 def lens_tokens(model, directions: Float[Tensor, "m d_model"]) -> Int[Tensor, "m size"]:
     """The tokens that the directions raise most if nothing stands between them and the last norm (logit lens)."""
     directions = directions[None].to(next(model.parameters()).device)
-    with torch.no_grad():
-        logits = [model.unembed(model.ln_final(some))[0] for some in (directions, torch.zeros_like(directions))]
+    logits = [model.unembed(model.ln_final(some))[0] for some in (directions, torch.zeros_like(directions))]
     return (logits[0] - logits[1]).topk(SIZE).indices.cpu()
 
 
 # --- pushing ----------------------------------------------------------------------------------------------------------
 
 
-def added(sae: SAE, direction: Float[Tensor, "d_model"], length: float) -> Variant:
-    """Add a direction, `length` times the SAE's scale, at every token."""
+def added(sae: SAE, direction: Float[Tensor, "d_model"], length: float) -> Way:
+    """Add a direction at every token: as long as the strength times `length`, in the SAE's space."""
 
-    def steered(x: Float[Tensor, "n pos d_model"]) -> Float[Tensor, "n pos d_model"]:
+    def steered(x: Float[Tensor, "n pos d_model"], strength: float) -> Float[Tensor, "n pos d_model"]:
         scale = sae.normalized(x)[2]
-        return x + length * direction.to(x) * (1 if scale is None else scale)
+        return x + strength * length * direction.to(x) * (1 if scale is None else scale)
 
     return steered
 
 
-def clamped(sae: SAE, latent: int, value: float) -> Variant:
-    """Give a latent the same value at every token: its part of the reconstruction changes, the error stays."""
+def clamped(sae: SAE, latent: int, value: float) -> Way:
+    """Set a latent to the strength times `value` at every token: its part of the reconstruction, the error stays."""
 
-    def steered(x: Float[Tensor, "n pos d_model"]) -> Float[Tensor, "n pos d_model"]:
+    def steered(x: Float[Tensor, "n pos d_model"], strength: float) -> Float[Tensor, "n pos d_model"]:
         codes = sae.encode(x)
-        if codes.indices is None:
-            now = codes.values[..., latent, None]
-        else:
-            now = (codes.values * (codes.indices == latent)).sum(-1, keepdim=True)
-        return x + (value - now) * sae.W_dec[latent] * (1 if codes.scale is None else codes.scale)
+        change = (strength * value - codes.dense(sae.n_latents)[..., latent, None]) * sae.W_dec[latent]
+        return x + change * (1 if codes.scale is None else codes.scale)
 
     return steered
 
 
-def ways(
-    sae: SAE, directions: Float[Tensor, "m d_model"], lengths: Sequence[float], strengths: Sequence[float], first: int
-) -> list[list[Variant]]:
-    """Every direction added at every strength, from token `first` on; a strength is a multiple of its length."""
-    pairs = zip(directions, lengths, strict=True)
-    some = slice(first, None)  # a BOS is not steered: no SAE was trained on it
-    return [[only(some, added(sae, direction, length * one)) for one in strengths] for direction, length in pairs]
-
-
-def pushed(
-    sae: SAE, curves: Curves, rise: float, directions: Float[Tensor, "m d_model"], lengths: Sequence[float],
-    rows: Int[Tensor, "few"], first: int,
-) -> list[list[Variant]]:  # fmt: skip
-    """Some directions, each at the strength where the loss has risen by that much; the largest where it never has."""
-    reach = torch.tensor(np.array(lengths)) * curves.at(rise)[0].nan_to_num(curves.strengths[-1].item())
-    return ways(sae, directions[rows], reach[rows].tolist(), [1.0], first)
+def pushed(way: Way, strength: float, x: Float[Tensor, "n pos d_model"], first: int) -> Float[Tensor, "n pos d_model"]:
+    """Steered from token `first` on: a BOS is not, for no SAE was trained on it."""
+    return torch.cat([x[:, :first], way(x[:, first:], strength)], 1)
 
 
 class Curves(NamedTuple):
@@ -212,39 +203,26 @@ class Curves(NamedTuple):
         """Some of the sets."""
         return self._replace(odds=self.odds[:, :, sets])
 
-    def at(self, rise: float, weights: Float[Tensor, "n"] | None = None) -> tuple[Tensor, Tensor]:
-        """(strength [m], odds [m sets]) where the loss has first risen by that much; NaN where it never has."""
-        weights = (
-            torch.full(self.rise.shape[-1:], 1 / self.rise.shape[-1]).double() if weights is None else weights.double()
-        )
-        strength, place = crossing(self.strengths, self.rise @ weights, rise)
-        return strength, along(self.odds @ weights, place)
+    def again(self, random: np.random.Generator) -> Curves:
+        """Contexts (their mean, as one), directions and sets drawn anew."""
+        m, _, sets, n = self.odds.shape
+        rows, those = random.integers(m, size=m), random.integers(sets, size=sets)
+        weights = torch.from_numpy(random.multinomial(n, [1 / n] * n) / n)
+        rise, odds = ((of @ weights)[rows, ..., None] for of in (self.rise, self.odds))
+        return self._replace(rise=rise, odds=odds[:, :, those])
 
-    def gains(self, rise: float, weights: Float[Tensor, "n"] | None = None) -> Float[Tensor, "m"]:
-        """Gains of the directions' own sets at a rise; or, if there are other sets as well, of all of them.
+    def at(self, rise: float) -> tuple[Float[Tensor, "m"], Float[Tensor, "m sets"]]:
+        """Strength, and change of the odds, where the loss has first risen by that much; NaN where it never has."""
+        strength, place = crossing(self.strengths, self.rise.mean(-1), rise)
+        return strength, along(self.odds.mean(-1), place)
 
-        Then it is the mean over directions.
+    def gains(self, rise: float) -> Float[Tensor, "some"]:
+        """Change of the odds at a rise: of each direction's own set, or of each of many sets its mean over directions.
+
+        The latter is for random directions, of which no set is the own one.
         """
-        odds = self.at(rise, weights)[1]
+        odds = self.at(rise)[1]
         return odds[:, 0] if odds.shape[1] == 1 else odds.nanmean(0)
-
-    def gain(self, rise: float, seed: int) -> Estimate:
-        """Median of `gains` over latents."""
-        return typical(lambda w: self.gains(rise, w), self.rise.shape[-1], seed)
-
-    def costs(self, seed: int) -> list[Estimate]:
-        """Median rise of the loss over directions, at each strength but 0."""
-        n = self.rise.shape[-1]
-        return [typical(lambda w, j=j: self.rise[:, j] @ w.double(), n, seed) for j in range(1, len(self.strengths))]
-
-    def breaks(self, rise: float, seed: int) -> Estimate:
-        """Median strength at which the loss has risen by that much; never counts as infinite."""
-        return typical(lambda w: self.at(rise, w)[0].nan_to_num(math.inf), self.rise.shape[-1], seed)
-
-    def rise_at(self, strengths: Sequence[float]) -> Float[Tensor, "strengths m"]:
-        """Rise of the loss at some strengths, under every direction."""
-        roots = self.rise.mean(-1).clamp_min(0).sqrt()
-        return torch.from_numpy(np.stack([np.interp(strengths, self.strengths, root) ** 2 for root in roots], 1))
 
 
 def crossing(
@@ -261,7 +239,7 @@ def crossing(
     return along(strengths.expand_as(rise)[..., None], place)[:, 0], place
 
 
-def along(values: Float[Tensor, "m strength *rest"], place: Float[Tensor, "m"]) -> Float[Tensor, "m *rest"]:
+def along(values: Float[Tensor, "m strength sets"], place: Float[Tensor, "m"]) -> Float[Tensor, "m sets"]:
     """Values between two strengths, on a straight line."""
     before = place.nan_to_num(0).long().clamp_max(values.shape[1] - 2)
     rows, part = torch.arange(len(values)), (place - before)[:, None]
@@ -270,30 +248,32 @@ def along(values: Float[Tensor, "m strength *rest"], place: Float[Tensor, "m"]) 
 
 @torch.no_grad()
 def swept(
-    model, hook: str, tokens: Int[Tensor, "n pos"], ways: Sequence[Sequence[Variant]], strengths: Sequence[float],
-    sets: Int[Tensor, "sets size"],
+    model, hook: str, tokens: Int[Tensor, "n pos"], ways: Sequence[Way], strengths: Sequence[float],
+    sets: Int[Tensor, "sets size"], first: int = 0,
 ) -> Curves:  # fmt: skip
-    """Run every way of steering, at every strength, over the same text: the layers below the hook once for all.
+    """Steer in every way, at every strength, over the same text: the layers below the hook run once for all.
 
     Args:
-        ways: for each direction a variant per strength.
         sets: tokens whose joint log-odds are followed; -1 does not count.
+        first: token from which on the text is steered.
 
     Raises:
         UserError: see `splice.prefix`.
     """
-    flat = [variant for way in ways for variant in way]
     size = max(1, LOGITS[next(model.parameters()).device.type] // (tokens.shape[1] * model.cfg.d_vocab))
     parts, found = tokens.split(size), []
-    with tqdm(total=len(parts) * len(flat), desc="steering", unit="run", leave=False) as bar:
+    with tqdm(total=len(parts) * len(ways) * len(strengths), desc="steering", unit="run", leave=False) as bar:
         for part in parts:
             below = prefix(model, hook, part)
             untouched = _read(suffix(model, below, below.x), below.tokens, sets)
-            found.append([])
-            for variant in flat:
-                found[-1].append(_read(suffix(model, below, variant(below.x)), below.tokens, sets) - untouched)
-                bar.update()
-    read = torch.cat([torch.stack(runs) for runs in found], 1).cpu().unflatten(0, (len(ways), -1))
+            runs = []
+            for way in ways:
+                for strength in strengths:
+                    x = pushed(way, strength, below.x, first)
+                    runs.append(_read(suffix(model, below, x), below.tokens, sets) - untouched)
+                    bar.update()
+            found.append(torch.stack(runs))
+    read = torch.cat(found, 1).cpu().unflatten(0, (len(ways), len(strengths)))
     read = nn.functional.pad(read, (0, 0, 0, 0, 1, 0)).mT  # strength 0: no change
     return Curves(torch.tensor([0.0, *strengths], dtype=torch.float64), read[:, :, 0], read[:, :, 1:])
 
@@ -310,52 +290,52 @@ def _read(logits: Float[Tensor, "n pos vocab"], tokens: Tensor, sets: Tensor) ->
     return torch.cat([total.log() - right, p.log() - (-p).log1p()], -1)[:, :-1].double().mean(1)
 
 
-def said(tokenizer, texts: Sequence[Sequence[int]]) -> str:
-    """Texts in their own words, white space made visible."""
-    words = [tokenizer.decode(ids).replace("\n", "⏎").replace("\t", "⇥") for ids in texts]
-    return "  ".join(word.replace(" ", "␣") if len(ids) == 1 else word for word, ids in zip(words, texts, strict=True))
-
-
 # --- what it comes to -------------------------------------------------------------------------------------------------
 
 
 def typical(
-    gains: Callable[[Float[Tensor, "n"]], Float[Tensor, "m"]], n: int, seed: int, repeats: int = 200
-) -> Estimate:
-    """Median over latents of what `gains` makes of weights of the contexts; standard error by drawing both anew."""
-    generator = torch.Generator().manual_seed(seed)
-    again = []
-    for _ in range(repeats):
-        contexts = torch.randint(n, (n,), generator=generator)
-        values = gains(torch.bincount(contexts, minlength=n) / n).double()
-        again.append(values[torch.randint(len(values), values.shape, generator=generator)].nanmedian())
-    return Estimate(gains(torch.full((n,), 1 / n)).nanmedian().item(), torch.stack(again).std().item())
+    curves: Curves, values: Callable[[Curves], Float[Tensor, "some"]], seed: int, repeats: int = 200
+) -> Estimate | None:
+    """Median of some values of the curves, NaN left out; standard error with directions, sets and contexts drawn anew.
+
+    None where it is not finite.
+    """
+    random = np.random.default_rng(seed)
+    again = np.nanmedian(torch.stack([values(curves.again(random)) for _ in range(repeats)]), axis=1)
+    middle = float(np.nanmedian(values(curves)))
+    return Estimate(middle, float(again[np.isfinite(again)].std(ddof=1))) if math.isfinite(middle) else None
 
 
-def rank_correlation(
-    one: Sequence[float], other: Sequence[float], seed: int, repeats: int = 1000
-) -> tuple[float, float, float] | None:
-    """Spearman's correlation with its 95 % interval by bootstrap over pairs; None with fewer than 8 whole pairs."""
+def costs(curves: Curves, seed: int) -> list[Estimate]:
+    """Median rise of the loss over directions, at each strength but 0."""
+    return [typical(curves, lambda c, j=j: c.rise[:, j].mean(-1), seed) for j in range(1, len(curves.strengths))]
+
+
+def breaks(curves: Curves, rise: float, seed: int) -> Estimate | None:
+    """Median strength at which the loss has risen by that much; never counts as infinite. None: never for half."""
+    return typical(curves, lambda c: c.at(rise)[0].nan_to_num(math.inf), seed)
+
+
+def rank_correlation(one: Sequence[float], other: Sequence[float], seed: int) -> Estimate | None:
+    """Spearman's correlation, its standard error by bootstrap over pairs; None with fewer than 8 whole pairs."""
     pairs = np.array([pair for pair in zip(one, other, strict=True) if np.isfinite(pair).all()])
     if len(pairs) < 8:
         return None
-    random = np.random.default_rng(seed)
-    draws = pairs[random.integers(len(pairs), size=(repeats, len(pairs)))]
-    ranks = stats.rankdata(draws, axis=1)
-    ranks -= ranks.mean(1, keepdims=True)
-    again = (ranks[..., 0] * ranks[..., 1]).sum(1) / np.sqrt((ranks**2).sum(1).prod(-1))
-    return (float(stats.spearmanr(*pairs.T).statistic), *np.nanquantile(again, [0.025, 0.975]).tolist())
+    again = stats.bootstrap(
+        pairs.T, lambda a, b: stats.spearmanr(a, b).statistic, paired=True, vectorized=False, n_resamples=1000,
+        method="percentile", rng=seed,
+    )  # fmt: skip
+    return Estimate(float(stats.spearmanr(*pairs.T).statistic), float(again.standard_error))
 
 
-def places(odds: Float[Tensor, "m m"], own: Int[Tensor, "m size"]) -> Int[Tensor, "m"]:
-    """At which place (from 1) each direction's own set gains, among the sets that share no token with it."""
+def places(odds: Float[Tensor, "m m"], own: Int[Tensor, "m size"]) -> Int[Tensor, "some"]:
+    """At which place (from 1) each direction's own set gains, among the sets that share no token with it.
+
+    Directions without odds (NaN) are left out.
+    """
     real = (own >= 0)[:, None, :, None] & (own[:, None, :, None] == own[None, :, None, :])
-    return ((odds > odds.diagonal()[:, None]) & ~real.any((2, 3))).sum(1) + 1
-
-
-def precision(explained: Mapping[int, Scored], found: Studied) -> list[float]:
-    """N2G's precision for each latent studied (section 4.3); NaN for one that it does not explain."""
-    return [explained[i].precision.value if i in explained else math.nan for i in found.table.index]
+    place = ((odds > odds.diagonal()[:, None]) & ~real.any((2, 3))).sum(1) + 1
+    return place[odds.diagonal().isfinite()]
 
 
 def ablation_sparsity(
@@ -373,27 +353,26 @@ def ablation_sparsity(
     return sparsity.by_latent(effects).sparsity.reindex(found.table.index)
 
 
+# --- what it writes ---------------------------------------------------------------------------------------------------
+
+
 @torch.no_grad()
 def written(
-    model, hook: str, prompt: Int[Tensor, "pos"], variants: Sequence[Variant], n: int, seed: int
-) -> Int[Tensor, "variants n"]:
-    """How the model goes on with a text under each variant, drawn with the same random numbers for all."""
+    model, hook: str, prompt: Int[Tensor, "pos"], pushes: Sequence[tuple[Way, float]], seed: int, first: int = 0
+) -> Int[Tensor, "pushes written"]:
+    """How the model goes on with a text under each push, drawn with the same random numbers for all."""
     device = next(model.parameters()).device
-    uniform = torch.rand(n, model.cfg.d_vocab, generator=torch.Generator().manual_seed(seed)).clamp_min(1e-9)
-    tokens = prompt.to(device).expand(len(variants), -1)
+    uniform = torch.rand(WRITTEN, model.cfg.d_vocab, generator=torch.Generator().manual_seed(seed)).clamp_min(1e-9)
+    tokens = prompt.to(device).expand(len(pushes), -1)
     for luck in -(-uniform.log()).log():  # Gumbel: the largest sum is a draw by the model's probabilities
         below = prefix(model, hook, tokens)
-        x = torch.cat([variant(row[None]) for variant, row in zip(variants, below.x, strict=True)])
-        best = (suffix(model, below, x)[:, -1].cpu() + luck).argmax(-1)
+        x = [pushed(*push, row[None], first) for push, row in zip(pushes, below.x, strict=True)]
+        best = (suffix(model, below, torch.cat(x))[:, -1].cpu() + luck).argmax(-1)
         tokens = torch.cat([tokens, best.to(device)[:, None]], 1)
     return tokens[:, len(prompt) :].cpu()
 
 
-def told(
-    model, hook: str, prompt: Int[Tensor, "pos"], columns: Mapping[str, Sequence[Sequence[Variant]]], seed: int
-) -> pd.DataFrame:
-    """What the model writes after a prompt, `WRITTEN` tokens, one column per way of steering. HTML is escaped."""
-    variants = [variant for column in columns.values() for (variant,) in column]
-    texts = [said(model.tokenizer, [text.tolist()]) for text in written(model, hook, prompt, variants, WRITTEN, seed)]
-    rows = len(texts) // len(columns)
-    return pd.DataFrame({name: texts[i * rows : (i + 1) * rows] for i, name in enumerate(columns)})
+def said(tokenizer, texts: Sequence[Sequence[int]]) -> str:
+    """Texts in their own words, white space made visible."""
+    words = [tokenizer.decode(ids).replace("\n", "⏎").replace("\t", "⇥") for ids in texts]
+    return "  ".join(word.replace(" ", "␣") if len(ids) == 1 else word for word, ids in zip(words, texts, strict=True))

@@ -9,9 +9,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from test_browser import PROGRAM, browser, serve, wide  # noqa: F401 (fixtures)
+from test_browser import PROGRAM, browser, serve  # noqa: F401 (fixtures)
 
-from saelib import atlas, book, study
+from saelib import atlas, book, sparsity, study
 from saelib.damage import origins
 from saelib.metrics import activations
 from saelib.sae import SAE
@@ -68,7 +68,6 @@ def test_facts_equal_a_direct_recomputation(fired, dense, some):
         assert table.highest[latent] == pytest.approx(values.max(), rel=1e-5)
         on = values[values > 0]
         assert atlas.histogram(fired["small"], latent).tolist() == np.histogram(on, atlas.BINS)[0].tolist()
-    assert atlas.rates(fired["small"])[some].tolist() == pytest.approx(table.density[some].tolist(), rel=1e-5)
 
 
 def test_moments_are_the_top_contexts_and_others(fired, dense, some):
@@ -119,6 +118,38 @@ def test_logit_effects_are_those_of_a_nudge_at_the_end(model, saes):
     assert atlas.raised(model, sae, [latent])[0].startswith("5: ")
 
 
+def test_ablated_is_the_mean_over_firings_of_switching_off_one_by_one(profile, model, saes, fired, text, monkeypatch):
+    """However the runs are cut into batches; a latent that is never on with a window after is left out."""
+    tokens, sae = torch.from_numpy(text.tokens), saes["small"]
+    monkeypatch.setattr(atlas, "SUB_BATCH", {"cpu": 2 * LENGTH})
+    rare = atlas.facts(fired["small"]).query("times <= 3").index[:40]
+    found = atlas.ablated(profile, model, tokens, sae, fired["small"], rare, n=3)
+    last = LENGTH - sparsity.WINDOW
+    for latent in rare:
+        at = fired["small"].indices[fired["small"].indptr[latent] : fired["small"].indptr[latent + 1]]
+        at = [divmod(int(token), LENGTH) for token in at if token % LENGTH <= last]
+        assert (latent in found.index) == bool(at)
+        if at:
+            rows, columns = map(torch.tensor, zip(*at, strict=True))
+            each = sparsity.of_sae(model, profile.hook, tokens[rows], columns, sae)
+            alone = each.sparsity()[(each.ids == latent) & each.on]
+            assert found.times[latent] == len(at) == len(alone)
+            assert found.sparsity[latent] == pytest.approx(float(alone.mean()), rel=1e-4)
+
+
+def test_ablated_takes_only_so_many_and_draws_them(profile, model, saes, fired, text):
+    often = atlas.facts(fired["small"]).sort_values("times").index[-2:]
+    given = profile, model, torch.from_numpy(text.tokens), saes["small"], fired["small"], often
+    one, again, other = (atlas.ablated(*given, n=4, seed=seed) for seed in (0, 0, 1))
+    assert one.times.tolist() == [4, 4] and one.equals(again) and not one.sparsity.equals(other.sparsity)
+
+
+def test_stored_reads_what_the_sweep_left():
+    found = atlas.stored("docstring-gpt", "small")
+    assert len(found) > 2000 and found.between(0, 1).all()
+    assert atlas.stored("docstring-gpt", "no such") is None
+
+
 def test_matched_finds_a_permuted_twin_and_no_chance_partner():
     ours = SAE(300, 64, 4, seed=0)
     twin, other = SAE(300, 64, 4, seed=1), SAE(300, 64, 4, seed=2)
@@ -152,6 +183,7 @@ def test_partners_equal_a_direct_recomputation(fired, saes, some):
         assert row.by_cosine == cosine.argmax() and row.cosine == pytest.approx(cosine.max(), abs=1e-5)
         assert row.together == pytest.approx(together.max()) == together[int(row.by_together)]
         assert row.there == pytest.approx(together[int(row.by_cosine)])
+        assert row.agree == (0 < together[int(row.by_cosine)] >= together.max() - 1e-6)
 
 
 def test_a_planted_split_is_found_from_both_sides():
@@ -168,6 +200,17 @@ def test_a_planted_split_is_found_from_both_sides():
     tree = atlas.children(up)
     assert {row[0] for row in tree[0]} == {0, 1} and all(row[3] for row in tree[0])
     assert [row[0] for row in tree[1]] == [2] and not tree[1][0][3]
+
+
+def test_a_tie_of_company_is_no_disagreement_and_no_company_no_agreement():
+    a, b = SAE(2, 8, 1), SAE(3, 8, 1)
+    a.W_dec.data, b.W_dec.data = torch.eye(8)[:2], torch.eye(8)[[2, 0, 1]]
+    once, times = np.arange(4) == 0, np.arange(4)
+    fires = [atlas.csr_array(np.stack(columns, 1).astype(float)).tocsc() for columns in (
+        [once, times == 3], [once, once, times == 2])]  # fmt: skip
+    found = atlas.partners(a, b, *fires)
+    assert found.by_together[0] == 0 and found.by_cosine.tolist() == [1, 2] and found.agree.tolist() == [True, False]
+    assert len(atlas.parents(found)[1]) == 1
 
 
 def test_by_share_and_rank():
@@ -208,21 +251,33 @@ def test_nothing_breaks_out_of_the_page(page):
     assert len(page.encode()) < atlas.LARGEST
 
 
-def test_a_page_holds_as_many_as_fit(model, saes, fired, text, monkeypatch, page):
-    table = atlas.facts(fired["small"]).assign(sparsity=0.1, precision=0.5, recall=0.5, partner=0.5)
+def test_a_page_holds_as_many_as_fit(model, saes, fired, text, monkeypatch):
+    table = atlas.facts(fired["small"]).assign(sparsity=0.1, precision=0.5, recall=0.5, partner=0.5)[:200]
     latents = atlas.Latents(saes["small"], fired["small"], table, {}, {})
     head = {"profile": "p", "name": "small", "hook": "h", "other": None, "splits": True}
-    monkeypatch.setattr(atlas, "LARGEST", 150_000)
-    assert 75_000 < len(atlas.page(head, model, text, latents)) <= 150_000
+    monkeypatch.setattr(atlas, "LARGEST", 60_000)
+    assert 40_000 < len(atlas.page(head, model, text, latents)) <= 60_000
+
+
+@pytest.fixture(scope="module")
+def loaded(browser, serve, page, tmp_path_factory):  # noqa: F811
+    """The page, opened once for all that follows; its address."""
+    folder = tmp_path_factory.mktemp("atlas")
+    for name in ("small", "large"):
+        (folder / f"{name}.html").write_text(page, encoding="utf-8")
+    browser.resize(1280, 900)
+    address = serve(folder)
+    browser.visit(f"{address}/small.html")
+    browser.wait_for("document.documentElement.dataset.ready")
+    return browser
 
 
 @pytest.fixture
-def opened(wide, serve, page, tmp_path, fired):  # noqa: F811
-    (tmp_path / "small.html").write_text(page, encoding="utf-8")
-    (tmp_path / "large.html").write_text(page, encoding="utf-8")
-    wide.visit(f"{serve(tmp_path)}/small.html")
-    wide.wait_for("document.documentElement.dataset.ready")
-    return wide
+def opened(loaded):
+    """The page with empty fields."""
+    for field, value in {"query": "", "kind": "all", "package": ""}.items():
+        put(loaded, field, value)
+    return loaded
 
 
 ROWS = "[...document.querySelectorAll('#rows tr')].map(row => row.children[0].innerText)"
@@ -232,7 +287,7 @@ def put(page, field: str, value: str) -> list[str]:
     """Numbers of the latents listed after a field was filled in."""
     page.evaluate(f"(() => {{ const f = document.getElementById({field!r}); f.value = {json.dumps(value)}; "
                   "f.dispatchEvent(new Event('input')); f.dispatchEvent(new Event('change')); })()")  # fmt: skip
-    page.evaluate("new Promise(done => setTimeout(() => done(true), 250))")
+    page.evaluate("new Promise(done => setTimeout(() => done(true), 150))")
     return page.evaluate(ROWS)
 
 
@@ -270,6 +325,7 @@ def test_links_and_keys_lead_from_latent_to_latent(opened, fired):
         return opened.evaluate("document.querySelector('#detail h2').innerText")
 
     first, second = opened.evaluate(ROWS)[:2]
+    opened.evaluate(f"location.hash = '{first}'")
     assert shown() == f"Latent {first}"
     opened.call("Input.dispatchKeyEvent", type="keyDown", key="j", text="j")
     assert shown() == f"Latent {second}"
@@ -296,11 +352,21 @@ def test_hostile_text_shows_as_text(opened, fired):
 
 
 @in_a_browser
-def test_it_is_named_labelled_and_fits_a_telephone(opened):
+def test_it_is_labelled_and_works_on_a_telephone(opened, fired):
     assert opened.evaluate("[...document.querySelectorAll('input, select')].every(f => f.labels.length === 1)")
     assert opened.evaluate("document.querySelector('svg[role=img]').getAttribute('aria-label')")
     opened.resize(390, 844)
     assert opened.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0
+    heads = "[...document.querySelectorAll('#heads th')].filter(head => head.offsetParent)"
+    ends = dict(opened.evaluate(f"{heads}.map(head => [head.dataset.key, head.getBoundingClientRect().right])"))
+    assert {"id", "precision", "partner"} <= ends.keys() and max(ends.values()) <= 390
+    living = atlas.alive(fired["small"])
+    assert put(opened, "query", "zebra") == put(opened, "kind", "explained") == [str(living[3])]
+    put(opened, "kind", "all")
+    put(opened, "query", "")
+    opened.evaluate("document.querySelector('th[data-key=id] button').click()")
+    assert opened.evaluate(ROWS)[:3] == [str(latent) for latent in living[:3]]
+    assert opened.problems() == []
 
 
 # --- in the book ------------------------------------------------------------------------------------------------------

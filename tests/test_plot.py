@@ -14,7 +14,7 @@ from saelib.checkpoints import Equivalent
 from saelib.induction import Head, History, looks
 from saelib.metrics import Estimate
 from saelib.reconstruction import Groups, Norms
-from saelib.scaling import Joint, Power
+from saelib.scaling import Power
 from saelib.scoreboard import Reading
 
 SCORES = torch.tensor([[0.01, 0.02], [0.03, 0.8]])
@@ -359,21 +359,53 @@ POINTS = pd.DataFrame({"n": [128, 128, 256], "seed": 0, "tokens": [1e5, 1e6, 1e6
 
 
 def test_learning_curves_name_their_sizes_and_show_the_live_run(ax):
-    plot.learning_curves(ax, POINTS, "tokens", RUNS[RUNS.k == 4], live=POINTS[:1], law=Power(0.0, 0.1))
+    plot.learning_curves(ax, POINTS, "tokens", RUNS[RUNS.k == 4], live=POINTS[:1], laws=[Power(0.0, 0.1)])
     assert {"128", "256", "live"} <= set(words(ax).split())
     rings = [line for line in ax.lines if line.get_markerfacecolor() == "white"]
     assert [line.get_ydata()[0] for line in rings] == [0.3]
 
 
 def test_error_by_size_keeps_a_vanishing_floor_out_of_the_picture(ax):
-    plot.error_by_size(ax, RUNS, Joint(0.0, -0.1, -0.2, 0.0, -60.0, 0.0))
+    plot.error_by_size(ax, RUNS, {8: Power(0.0, 0.2, -60.0)})
     assert "k = 8" in words(ax) and ax.get_ylim()[0] > 0.01
 
 
 def test_without_a_sweep_scaling_figures_say_so(ax):
     plot.learning_curves(ax, POINTS[:0], "flops", RUNS[:0])
-    plot.error_by_size(ax, RUNS[:0], None)
+    plot.error_by_size(ax, RUNS[:0], {})
     assert "not run" in words(ax)
+
+
+# --- chapter 10 -------------------------------------------------------------------------------------------------------
+
+
+def test_cosines_fall_from_all_to_none(ax):
+    plot.cosines(ax, {"seed": [0.9, 0.5, 0.7, 0.3], "large": None}, {"seed": plot.SECOND}, 0.7)
+    curve = ax.lines[-1]
+    assert list(curve.get_xdata()) == [0.3, 0.5, 0.7, 0.9] and list(curve.get_ydata()) == [100, 75, 50, 25]
+    assert ax.lines[0].get_xdata()[0] == 0.7 and curve.get_color() == plot.SECOND
+    plot.cosines(nothing := plt.subplots()[1], {"seed": None}, {}, 0.7)
+    assert "not run" in words(nothing)
+
+
+def test_split_tree_has_a_branch_for_each_and_colours_agreement(ax):
+    rows = [("7: of $x$", 0.9, 0.5, True), ("9: in", 0.4, 0.0, False)]
+    plot.split_tree(ax, "3: by", pd.DataFrame(rows, columns=["label", "cosine", "together", "agree"]))
+    assert [line.get_color() for line in ax.lines] == [plot.OURS, plot.CONTROL]
+    assert ax.lines[0].get_linewidth() > ax.lines[1].get_linewidth() > 0
+    said = [text.get_text() for text in ax.texts]
+    assert {"3: by", "9: in", "cosine 0.90, together 0.50"} <= set(said)
+    plot.split_tree(nothing := plt.subplots()[1], "", None)
+    assert "not run" in words(nothing)
+
+
+def test_shaded_tokens_are_as_deep_as_their_digits_and_end_at_the_edge(ax):
+    plot.shaded(ax, {"latent 5": [(["By", " $a_1$", "\n", " too long for it"], "0950")]}, width=12)
+    assert [text.get_text() for text in ax.texts] == ["latent 5", "By", " $a_1$", "⏎"]
+    assert [box.get_alpha() or 0 for box in ax.patches] == pytest.approx([0, 0.71, 0.43])
+    assert [box.get_x() for box in ax.patches] == [0, 2, 8]
+    ax.figure.canvas.draw()  # dollars are no formula
+    plot.shaded(plt.subplots()[1], {})
 
 
 # --- chapter 12 -------------------------------------------------------------------------------------------------------
