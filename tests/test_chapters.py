@@ -28,7 +28,7 @@ saes:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """Chapters 01, 03 and 05 of the stranger: what each published."""
+    """Chapters 01, 03, 05 and 11 of the stranger: what each published."""
     tmp_path = tmp_path_factory.mktemp("stranger")
     torch.manual_seed(0)
     config = GPT2Config(
@@ -41,6 +41,7 @@ def results(tmp_path_factory):
     runner.run(["01"], profile, ["n_sequences=64"], out=out)
     runner.run(["03"], profile, ["n_contexts=16", "n_few=8", "n_graft=4"], out=out)
     runner.run(["05"], profile, ["n_contexts=16", "n_moved=8"], out=out)
+    runner.run(["11"], profile, ["n_train=32", "n_contexts=8"], out=out)
     files = (out / "results").glob("*.json")
     return {path.stem: json.loads(path.read_text(encoding="utf-8"))["values"] for path in files}
 
@@ -70,3 +71,11 @@ def test_chapter_05_without_autoencoders_has_the_channels(results):
     missing = not_run(results["05_sparsity"])
     assert {"sparsity_small", "sparsity_edit_large", "sparsity_step_0", "sparsity_channels_untrained"} <= missing
     assert not {"sparsity_channels", "sparsity_index0_channels", "sparsity_hook_0", "even_gaussian"} & missing
+
+
+@pytest.mark.slow
+def test_chapter_11_without_autoencoders_steers_nothing(results):
+    values = results["11_steering"]
+    missing = not_run(values)
+    assert {"steered_gain_small", "steered_gain_random", "steered_share", "breaks_at", "sparsity_rank"} <= missing
+    assert not {"n_contexts", "rise", "n_random"} & missing

@@ -296,7 +296,6 @@ def test_scores_count_hits_and_alarms():
     assert found.each("recall")[0] == pytest.approx(1 / 3) and math.isnan(found.each("recall")[1])
     assert found.each("f1")[0] == pytest.approx(2 * 0.5 / 3 / (0.5 + 1 / 3))
     assert found.mean("precision", np.array([False, False, True])) is None
-    assert found.mean("recall", np.array([True, True, False])).value == pytest.approx(1 / 3)
 
 
 def test_the_mean_leaves_out_blocks_and_intervals_count_blocks():
