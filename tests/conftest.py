@@ -6,10 +6,12 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from saelib import book
 from saelib.models import load_model
-from saelib.profile import BUILD, load_profile
+from saelib.profile import BUILD, load_profile, override
 
 
 @pytest.fixture(scope="session")
@@ -30,3 +32,16 @@ def profile():
 @pytest.fixture(scope="module")
 def model(profile):
     return load_model(profile)
+
+
+@pytest.fixture(scope="module")
+def lively_model(tmp_path_factory):
+    """A random GPT-2 of three blocks whose layers have a say."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("model")
+    config = GPT2Config(
+        vocab_size=4096, n_positions=128, n_embd=24, n_layer=3, n_head=2, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0,
+        initializer_range=0.3,
+    )  # fmt: skip
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    return load_model(override(load_profile("docstring-gpt"), {"model.name": str(folder)}))

@@ -8,14 +8,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from saelib import UserError, n2g, report, splice
 from saelib.activations import harvest
 from saelib.metrics import BLOCK
-from saelib.models import load_model
 from saelib.n2g import Events, Explanation, Pattern
-from saelib.profile import load_profile, override
 from saelib.sae import SAE
 
 HOOK = "blocks.1.hook_resid_post"
@@ -23,16 +20,8 @@ FILLER = 0
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    """A random GPT-2 of three blocks whose layers have a say."""
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("model")
-    config = GPT2Config(
-        vocab_size=4096, n_positions=128, n_embd=24, n_layer=3, n_head=2, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0,
-        initializer_range=0.3,
-    )  # fmt: skip
-    GPT2LMHeadModel(config).save_pretrained(folder)
-    return load_model(override(load_profile("docstring-gpt"), {"model.name": str(folder)}))
+def model(lively_model):
+    return lively_model
 
 
 @pytest.fixture(scope="module")

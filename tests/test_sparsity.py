@@ -9,12 +9,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from saelib import UserError, metrics, sparsity
 from saelib.metrics import mean
-from saelib.models import load_model
-from saelib.profile import ROOT, load_profile, override
+from saelib.profile import ROOT
 from saelib.sae import SAE
 from saelib.sparsity import GAUSSIAN, measured, norms, of_sae
 from saelib.text import Document
@@ -30,16 +28,8 @@ def plain(*arguments, **named):
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    """A random GPT-2 of three blocks whose layers have a say."""
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("model")
-    config = GPT2Config(
-        vocab_size=4096, n_positions=128, n_embd=24, n_layer=3, n_head=2, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0,
-        initializer_range=0.3,
-    )  # fmt: skip
-    GPT2LMHeadModel(config).save_pretrained(folder)
-    return load_model(override(load_profile("docstring-gpt"), {"model.name": str(folder)}))
+def model(lively_model):
+    return lively_model
 
 
 @pytest.fixture(scope="module")
