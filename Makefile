@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+# the one that torch 2.13 for GPUs brings; its interpreter runs the kernels' tests where there is no GPU
+TRITON := triton==3.7.1
 
 .PHONY: book html test lint bench interop peers publish setup clean
 
@@ -42,6 +44,7 @@ setup: .venv/installed
 	@echo "installing requirements.lock into .venv; the first time takes some minutes"
 	$(PIP) install --constraint requirements.lock "$$(grep '^torch==' requirements.lock)"
 	$(PIP) install --requirement requirements.lock
+	@case "$$(uname -sm)" in "Linux x86_64") $(PIP) install --no-deps $(TRITON) ;; esac
 	$(PIP) install --no-deps --no-build-isolation --editable .
 	@touch $@
 

@@ -153,7 +153,8 @@ class Sparse:
     def __init__(self, sae: SAE, recipe: Recipe, constant: float, world: World | None = None):
         self.sae, self.recipe, self.constant = sae, recipe, constant
         self.world = world or World()
-        self.pre = torch.empty(0)
+        self.memory = torch.empty(0)
+        """Of the pre-activations, a tile of rows at a time."""
         for parameter in sae.parameters():
             parameter.grad = torch.zeros_like(parameter)
 
@@ -164,12 +165,13 @@ class Sparse:
         weight = scale.square() if recipe.loss_space == "raw" and scale is not None else None
         per_token = 1 / (len(x) * world.parts * self.constant)
         centred = torch.sub(normalized, sae.pre_bias, out=None if normalized is x else normalized)
-        pre = self._pre_activations(centred)
+        encoder = self._encoder(len(x))
         wide = min(4 * recipe.k, sae.n_latents * world.shards) if recipe.multi_topk else recipe.k
         dead = dead if recipe.k_aux else torch.zeros_like(dead)
         number = int(world.over_latents(dead.sum()))  # of all shards: each takes part where any has a dead latent
         buried = dead.nonzero()[:, 0]
-        values, indices, z_aux = ops.topk_and_largest(pre, min(wide, sae.n_latents), buried, min(recipe.k_aux, number))
+        most = min(recipe.k_aux, number)
+        values, indices, z_aux = ops.encode(centred, encoder, min(wide, sae.n_latents), buried, most)
         z = world.keep(values, recipe.k).relu()
         error, mse = self._error(z, indices, centred, weight)  # x - x_hat
         mse = mse * per_token
@@ -184,7 +186,7 @@ class Sparse:
         self.d_latent = ops.gradients(indices, active, g, centred, sae.W_dec, sae.W_dec.grad, sae.W_enc.grad)
         aux = x.new_zeros(())
         if number:
-            aux = self._auxiliary(z_aux, centred, error, buried, min(recipe.k_aux, number), weight)
+            aux = self._auxiliary(z_aux, encoder, centred, error, buried, most, weight)
             loss = loss + recipe.aux_coefficient * aux
         self._biases(g.sum((0, 1)))
         fired = torch.zeros(sae.n_latents, dtype=torch.int32, device=x.device)
@@ -199,36 +201,51 @@ class Sparse:
         squares = torch.linalg.vecdot(error, error)
         return error, self.world.over_tokens((squares if weight is None else squares * weight[:, 0]).sum())
 
-    def _pre_activations(self, centred: Float[Tensor, "batch d_model"]) -> Float[Tensor, "batch n_latents"]:
-        sae = self.sae
-        if self.pre.shape != (len(centred), sae.n_latents):  # a fresh product costs page faults at every step
-            self.pre = centred.new_empty(len(centred), sae.n_latents)
-        torch.mm(centred, sae.W_enc.T, out=self.pre)
-        return self.pre if sae.latent_bias is None else self.pre.add_(sae.latent_bias)
+    def _encoder(self, batch: int) -> ops.Encoder:
+        sae, rows = self.sae, ops.tiles(batch, self.sae.n_latents)[0].stop
+        if self.memory.shape != (rows, sae.n_latents):
+            self.memory = sae.W_enc.new_empty(rows, sae.n_latents)
+        weight = sae.W_enc if self.recipe.precision == "float32" else sae.W_enc.bfloat16()
+        return ops.Encoder(weight, sae.latent_bias, self.memory)
 
     def _auxiliary(
-        self, z: Float[Tensor, "batch dead"], centred: Float[Tensor, "batch d_model"],
+        self, z: Float[Tensor, "batch dead"] | None, encoder: ops.Encoder, centred: Float[Tensor, "batch d_model"],
         error: Float[Tensor, "batch d_model"], dead: Int[Tensor, "dead"], k: int, weight: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        """AuxK: adds its gradients. Dead latents are few and many of them act, so its products are dense."""
+        """AuxK: adds its gradients. Dead latents are few and many of them act, so its products are dense.
+
+        In tiles of rows, as the encoder's product; `z` is there where one tile is all.
+        """
+        per_spread = _per_spread(error if weight is None else error * weight.sqrt(), self.world.over_tokens)
+        W_dec, squares = self.sae.W_dec[dead], error.new_zeros(())
+        for rows in ops.tiles(len(error), self.sae.n_latents):
+            some = ops.largest(centred[rows], encoder, dead, k) if z is None else z
+            part = None if weight is None else weight[rows]
+            factor = 2 * self.recipe.aux_coefficient * per_spread
+            squares += self._auxiliary_tile(some, centred[rows], error[rows], W_dec, dead, k, part, factor)
+        return self.world.over_tokens(squares) * per_spread
+
+    def _auxiliary_tile(
+        self, z: Float[Tensor, "rows dead"], centred: Float[Tensor, "rows d_model"],
+        error: Float[Tensor, "rows d_model"], W_dec: Float[Tensor, "dead d_model"], dead: Int[Tensor, "dead"], k: int,
+        weight: Tensor | None, factor: Tensor,
+    ) -> Tensor:  # fmt: skip
+        """Adds the gradients of some rows, scaled by `factor` / 2; returns the sum of their squared errors."""
         sae, world = self.sae, self.world
         if world.shards > 1:  # every shard offers k of its own; zeros do no harm
             values, indices = z.topk(min(k, len(dead)))
             kept = world.keep(torch.nn.functional.pad(values, (0, k - values.shape[1])), k)
             z = torch.zeros_like(z).scatter_(1, indices, kept[:, : values.shape[1]])
-        W_dec = sae.W_dec[dead]
-        per_spread = _per_spread(error if weight is None else error * weight.sqrt(), world.over_tokens)
         difference = world.over_latents(z @ W_dec).sub_(error)
         squares = torch.linalg.vecdot(difference, difference)
-        aux = world.over_tokens((squares if weight is None else squares * weight[:, 0]).sum()) * per_spread
-        g = _times(difference, weight, 2 * self.recipe.aux_coefficient * per_spread)
-        spent = self.pre.view(-1)[: z.numel()].view_as(z)  # pre-activations are not needed any more, their memory is
+        g = _times(difference, weight, factor)
+        spent = self.memory.view(-1)[: z.numel()].view_as(z)  # pre-activations are not needed any more, their memory is
         d_z = torch.mm(g, W_dec.T, out=spent)
         torch.ops.aten.threshold_backward.grad_input(d_z, z, 0, grad_input=d_z)  # in one pass: 0 where z is
         sae.W_dec.grad.index_add_(0, dead, (g.T @ z).T)  # this way round the product is faster
         sae.W_enc.grad.index_add_(0, dead, (centred.T @ d_z).T)
         self.d_latent.index_add_(0, dead, d_z.sum(0))
-        return aux
+        return (squares if weight is None else squares * weight[:, 0]).sum()
 
     def _biases(self, g: Float[Tensor, "d_model"]) -> None:
         """Gradients of the biases; then those of all parameters summed over the processes."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
@@ -20,6 +20,8 @@ CHUNK = 32
 """Neighbouring values whose maximum stands for them in the first stage of `topk`."""
 TILE = 2**20
 """Floats of a gradient that are computed at once: they stay in cache, and their memory is used again."""
+PRODUCT = 2**28
+"""Pre-activations that are held at a time: 1 GiB, where the paper's batch of 131,072 tokens would make 64."""
 
 
 def topk(x: Float[Tensor, "*batch n"], k: int) -> tuple[Float[Tensor, "*batch k"], Int[Tensor, "*batch k"]]:
@@ -61,9 +63,64 @@ def topk_and_largest(
     found = native.topk(x, k, columns, most)
     if found is not None:
         return found
-    some = x.index_select(1, columns).relu_()
-    values, indices = some.topk(min(most, len(columns)))
-    return *topk(x, k), torch.zeros_like(some).scatter_(1, indices, values)
+    return *topk(x, k), _largest(x.index_select(1, columns), most)
+
+
+def _largest(x: Float[Tensor, "rows m"], most: int) -> Float[Tensor, "rows m"]:
+    """All but the `most` largest positive values of each row set to 0."""
+    values, indices = x.relu_().topk(min(most, x.shape[1]))
+    return torch.zeros_like(x).scatter_(1, indices, values)
+
+
+def tiles(rows: int, n: int) -> list[slice]:
+    """Runs of rows whose pre-activations, n each, are at most `PRODUCT` floats."""
+    size = max(1, PRODUCT // n)
+    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+
+
+class Encoder(NamedTuple):
+    """What makes pre-activations of inputs, and the memory to write them to."""
+
+    weight: Shaped[Tensor, "n d_model"]
+    """Its dtype is that of the product's factors, float32 or bfloat16; sums are float32."""
+    bias: Float[Tensor, "n"] | None = None
+    memory: Float[Tensor, "tile n"] | None = None
+    """For at least as many rows as are given. A fresh product costs page faults at every step."""
+
+    def __call__(self, x: Float[Tensor, "rows d_model"]) -> Float[Tensor, "rows n"]:
+        """x W^T + bias."""
+        out = None if self.memory is None else self.memory[: len(x)]
+        x, weight = x.to(self.weight.dtype), self.weight
+        if x.dtype != torch.bfloat16:
+            pre = torch.mm(x, weight.T, out=out)
+        elif x.is_cuda:
+            pre = torch.mm(x, weight.T, out_dtype=torch.float32, out=out)
+        else:  # a CPU's product of bfloat16 would round the sums, too
+            pre = torch.mm(x.float(), weight.float().T, out=out)
+        return pre if self.bias is None else pre.add_(self.bias)
+
+    def rows(self, which: Int[Tensor, "m"]) -> Encoder:
+        """The same for some of the latents."""
+        return Encoder(self.weight[which], None if self.bias is None else self.bias[which])
+
+
+def encode(
+    x: Float[Tensor, "batch d_model"], encoder: Encoder, k: int, columns: Int[Tensor, "m"], most: int
+) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"], Float[Tensor, "batch m"] | None]:
+    """`topk_and_largest` of the pre-activations, never holding more than `PRODUCT` of them.
+
+    Where they are not all held at once, the columns are not looked at: None stands for them, and `largest` finds them.
+    """
+    parts = tiles(len(x), len(encoder.weight))
+    if len(parts) == 1:
+        return topk_and_largest(encoder(x), k, columns, most)
+    found = [topk(encoder(x[part]), k) for part in parts]
+    return *(torch.cat(kind) for kind in zip(*found, strict=True)), None
+
+
+def largest(x: Float[Tensor, "rows d_model"], encoder: Encoder, columns: Int[Tensor, "m"], most: int) -> Tensor:
+    """What `encode` leaves out: Float[Tensor, "rows m"]."""
+    return _largest(encoder.rows(columns)(x), most)
 
 
 def decode(

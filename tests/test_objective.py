@@ -1,12 +1,15 @@
 """Hand-written gradients against autograd through dense products, in float64."""
 
 import copy
+from unittest import mock
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from saelib import ops
 from saelib.objective import Sparse, dense
 from saelib.profile import Recipe
 from saelib.sae import SAE
@@ -49,11 +52,51 @@ def assert_equal(found):
 @given(
     st.integers(0, 2**31), st.integers(1, 20), st.integers(1, 90), st.integers(2, 12), st.integers(1, 20),
     st.integers(0, 30), st.booleans(), st.booleans(), st.sampled_from(["unit", "layer_norm", "none"]),
-    st.sampled_from(["normalized", "raw"]),
+    st.sampled_from(["normalized", "raw"]), st.sampled_from([ops.PRODUCT, 200, 1]),
 )  # fmt: skip
-def test_gradients_equal_autograd(seed, batch, n, d, k, k_aux, bias, multi, normalize, space):
+def test_gradients_equal_autograd(seed, batch, n, d, k, k_aux, bias, multi, normalize, space, product):
     values = {"k": min(k, n), "k_aux": k_aux, "latent_bias": bias, "multi_topk": multi}
-    assert_equal(both(*setup(seed, batch, n, d, normalize=normalize, loss_space=space, **values)))
+    with mock.patch.object(ops, "PRODUCT", product):  # in tiles of few rows, too
+        assert_equal(both(*setup(seed, batch, n, d, normalize=normalize, loss_space=space, **values)))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_no_tensor_of_batch_times_latents_is_ever_made(monkeypatch, share):
+    """Otherwise 131,072 tokens and as many latents would need 64 GiB, and AuxK as much again."""
+    batch, n = 256, 1024
+    monkeypatch.setattr(ops, "PRODUCT", 16 * n)
+    recipe, sae, x, _ = setup(0, batch, n, 8, k=4, k_aux=32, multi_topk=True)
+    largest = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            made = func(*args, **(kwargs or {}))
+            largest.extend(t.numel() for t in torch.utils._pytree.tree_leaves(made) if isinstance(t, torch.Tensor))
+            return made
+
+    with Sizes():
+        Sparse(sae, recipe, 0.7)(x, torch.rand(n) < share)
+    codes = 2 * batch * 4 * recipe.k  # at k and at 4k, side by side
+    assert max(largest) <= max(codes, 16 * n) < batch * n / 8
+
+
+def test_bfloat16_rounds_the_factors_of_the_encoders_product_only():
+    recipe, sae, x, dead = setup(0, 40, 64, 12, k=4, latent_bias=True, normalize="none", precision="bfloat16")
+    sae = sae.float()
+    x = x.float()
+    found = []
+
+    def seen(x, encoder, *rest):
+        found.append((x, encoder(x).clone()))
+        return encode(x, encoder, *rest)
+
+    encode = ops.encode
+    with mock.patch.object(ops, "encode", seen):
+        Sparse(sae, recipe, 0.7)(x, dead)
+    ((centred, pre),) = found
+    exact = centred.bfloat16().double() @ sae.W_enc.bfloat16().double().T + sae.latent_bias.double()
+    torch.testing.assert_close(pre.double(), exact, rtol=1e-5, atol=1e-5)
+    assert pre.dtype == torch.float32 and (pre - centred @ sae.W_enc.T - sae.latent_bias).abs().max() > 1e-3
 
 
 def test_ties_do_not_matter():
