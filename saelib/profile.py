@@ -183,6 +183,9 @@ class Recipe(Section):
     """Weight of the AuxK loss (appendix A.2)."""
     dead_after: PositiveInt = 10_000_000
     """Tokens without firing after which a latent is dead (appendix A.2)."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the factors of the encoder's product (`topk` only), whose sums are float32; bfloat16 is for GPUs, where it is
+    much faster, and slow on a CPU."""
 
     @model_validator(mode="after")
     def _fits(self):
