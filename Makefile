@@ -5,7 +5,7 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 # the one that torch 2.13 for GPUs brings; its interpreter runs the kernels' tests where there is no GPU
 TRITON := triton==3.7.1
 
-.PHONY: book html test lint bench interop peers publish setup clean
+.PHONY: book html test rehearsal lint bench interop peers publish setup clean
 
 book: setup  ## run every chapter that is not done, then build the book
 	$(BIN)/saelib run all
@@ -17,6 +17,9 @@ html: setup  ## build the book from the committed outputs, running nothing
 test: lint  ## lint, re-run the notebooks against their committed outputs, unit tests
 	$(BIN)/pytest --nbval notebooks
 	$(BIN)/pytest tests
+
+rehearsal: setup  ## the whole book and every download against a hub of our own, on a narrow GPT-2; a quarter of an hour
+	$(BIN)/pytest --slow tests/test_rehearsal.py tests/test_hub.py
 
 lint: setup
 	$(BIN)/ruff check .

@@ -14,6 +14,7 @@ collect_ignore_glob = ["notebooks/sweeps/*"]  # hours; their results are stored
 GLUE = "application/papermill.record/"
 MIME_TYPES = ("text/plain", "text/html", "text/markdown", "text/latex", "image/png", "image/jpeg", "image/svg+xml")
 SKIPPED = ("stderr", "text/html", "image/svg+xml", *(GLUE + kind for kind in MIME_TYPES))
+os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton; see tests/test_triton.py
 
 
 def pytest_configure(config):

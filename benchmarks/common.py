@@ -57,7 +57,8 @@ def quieten(rows: Tensor, dead: Tensor) -> None:
 def activations(config: dict) -> list[Tensor]:
     """Gaussian activations, the same for every system: `BATCHES` times [batch, d], float32."""
     generator = torch.Generator().manual_seed(2**20)  # not a seed of weights: tokens would be the rows of the encoder
-    return [torch.randn(config["batch"], config["d"], generator=generator) for _ in range(BATCHES)]
+    device = config.get("device", "cpu")
+    return [torch.randn(config["batch"], config["d"], generator=generator).to(device) for _ in range(BATCHES)]
 
 
 def stored(config: dict) -> list[Tensor]:
@@ -65,8 +66,10 @@ def stored(config: dict) -> list[Tensor]:
     return [torch.load(config["inputs"], weights_only=True)]
 
 
-def peak_mb() -> float:
-    """Peak resident memory of this process in MB (10^6 bytes), imports included."""
+def peak_mb(device: str = "cpu") -> float:
+    """Peak resident memory of this process in MB (10^6 bytes), imports included; of a GPU what PyTorch has taken."""
+    if device == "cuda":
+        return torch.cuda.max_memory_reserved() / 1e6
     status = Path("/proc/self/status")
     if status.is_file():  # ru_maxrss may have been inherited from the process that started this one
         for line in status.read_text().splitlines():
@@ -77,9 +80,12 @@ def peak_mb() -> float:
 
 
 def stopwatch(step: Callable[[Tensor], object], x: Tensor) -> float:
-    """Seconds that one step takes."""
+    """Seconds that one step takes, until a GPU has finished it."""
+    wait = torch.cuda.synchronize if x.is_cuda else lambda: None
+    wait()
     start = time.perf_counter()
     step(x)
+    wait()
     return time.perf_counter() - start
 
 
@@ -113,6 +119,7 @@ def _answer(request: dict, state: dict, build, distributions, clock, inputs) -> 
     if config := request.get("config"):
         torch.set_num_threads(config["threads"])
         torch.manual_seed(0)
+        torch.backends.cuda.matmul.allow_tf32 = config.get("tf32", False)
         batches = inputs(config)
         state.update(config=config, batches=cycle(batches), system=build(config, batches[0]))
         return {"versions": {name: version(name) for name in ("torch", *distributions)}}
@@ -123,4 +130,4 @@ def _answer(request: dict, state: dict, build, distributions, clock, inputs) -> 
     facts, asked = system.facts(), len(dead_latents(state["config"]))
     if facts.get("dead", asked) != asked:
         raise RuntimeError(f"{facts['dead']} latents count as dead, not {asked}")
-    return {"seconds": seconds, "peak_mb": peak_mb(), "facts": facts}
+    return {"seconds": seconds, "peak_mb": peak_mb(state["config"].get("device", "cpu")), "facts": facts}

@@ -38,6 +38,8 @@ class Entry(NamedTuple):
     """Folder below the peers' environments; None: the project's own."""
     options: dict | None = None
     """What the worker is told besides the configuration."""
+    variables: dict | None = None
+    """Its environment's, besides `QUIET`."""
 
 
 SYSTEMS = {
@@ -80,7 +82,8 @@ class Worker:
             raise FileNotFoundError(f"{python} does not exist: python benchmarks/setup_peers.py makes it")
         threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(config["threads"]))
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": log.open("w")}
-        self.process = subprocess.Popen([python, script], **pipes, text=True, env={**os.environ, **QUIET, **threads})
+        variables = {**os.environ, **QUIET, **threads, **(entry.variables or {})}
+        self.process = subprocess.Popen([python, script], **pipes, text=True, env=variables)
         self.send({"config": config | (entry.options or {})})  # answered when it is built: see `ready`
 
     def send(self, message: dict) -> None:

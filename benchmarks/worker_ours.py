@@ -10,8 +10,9 @@ def build(config, sample):
 
     k_aux = 2 ** round(log2(config["d"] / 2))
     recipe = profile.Recipe(
-        n_latents=config["n"], k=config["k"], batch=config["batch"], clip=1.0, ema=0.999, k_aux=k_aux
-    )
+        n_latents=config["n"], k=config["k"], batch=config["batch"], clip=1.0, ema=0.999, k_aux=k_aux,
+        precision=config.get("precision", "float32"),
+    )  # fmt: skip
     trainer = train.Trainer(recipe, config["d"], seed=0, sample=sample)
     dead = dead_latents(config)
 

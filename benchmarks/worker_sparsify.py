@@ -16,12 +16,13 @@ def build(config, sample):
     from sparsify import SparseCoder, SparseCoderConfig
     from transformers import get_linear_schedule_with_warmup
 
-    sae = SparseCoder(config["d"], SparseCoderConfig(num_latents=config["n"], k=config["k"]), dtype=torch.float32)
+    sizes = SparseCoderConfig(num_latents=config["n"], k=config["k"])
+    sae = SparseCoder(config["d"], sizes, sample.device, torch.float32)
     sae.b_dec.data = sample.mean(0)
     adam = torch.optim.Adam(sae.parameters(), lr=2e-4 / (config["n"] / 2**14) ** 0.5)
     schedule = get_linear_schedule_with_warmup(adam, 1000, 1_000_000)
-    since_fired = torch.zeros(config["n"], dtype=torch.long)
-    fired = torch.zeros(config["n"], dtype=torch.bool)
+    since_fired = torch.zeros(config["n"], dtype=torch.long, device=sample.device)
+    fired = torch.zeros(config["n"], dtype=torch.bool, device=sample.device)
     dead = dead_latents(config)
 
     def bury():

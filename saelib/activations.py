@@ -3,6 +3,10 @@
 Text is read in blocks of `activations.block` contexts. The tokens of a block are shuffled together, so a batch mixes
 thousands of contexts. Batches are always full: what one block leaves over begins the next batch, over epochs too, and
 every token of the text comes exactly once in an epoch.
+
+With several processes each reads text of its own. Of a stream they take contexts in turn, each makes blocks of its
+share, and what all of them see in an epoch is the text, once; of a cache they take shards in turn. So the order of the
+data depends on how many there are. What one sees follows from the seed, its number and theirs.
 """
 
 from __future__ import annotations
@@ -28,6 +32,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from saelib import UserError
 from saelib.models import fingerprint, load_tokenizer
 from saelib.profile import BUILD, ROOT, Docstrings, Profile, text_fingerprint, write
+from saelib.ranks import here, together
 from saelib.text import token_batches
 
 MODEL = threading.RLock()
@@ -60,10 +65,10 @@ def _pieces(model, tokens: Tensor, hook: str, positions: tuple[int, int | None])
     if not range(context)[slice(*positions)]:
         raise UserError(f"activations.positions {list(positions)} selects none of {context} positions: try [0, null]")
     stop = layer_above(model, hook)
-    size = SUB_BATCH[next(model.parameters()).device.type]
-    for part in tokens.split(max(1, size // context)):
+    device = next(model.parameters()).device
+    for part in tokens.split(max(1, SUB_BATCH[device.type] // context)):
         with MODEL, torch.inference_mode():
-            found = model.run_with_cache(part, names_filter=hook, stop_at_layer=stop)[1].cache_dict.get(hook)
+            found = model.run_with_cache(part.to(device), names_filter=hook, stop_at_layer=stop)[1].cache_dict.get(hook)
         if found is None or found.dim() != 3 or found.shape[:2] != part.shape:
             shape = "nothing" if found is None else f"shape {list(found.shape)}"
             given = f"gives {shape} for {len(part)} contexts of {context} tokens, not a vector for each"
@@ -91,8 +96,8 @@ def layer_above(model: TransformerBridge, hook: str) -> int | None:
 class Streamed:
     """Activations straight from the model, harvested again in every epoch, never on disk.
 
-    Batch number i is a function of (seed, i), bit for bit on a CPU. The next block is harvested in a background thread
-    while the current one is used, so see `MODEL`.
+    Batch number i is a function of (seed, i, rank, size), bit for bit on a CPU. The next block is harvested in a
+    background thread while the current one is used, so see `MODEL`.
     """
 
     dtype = torch.float32
@@ -120,14 +125,23 @@ class Streamed:
 
     @property
     def memory(self) -> int:
-        """Most bytes of activations and tokens held at a time: two float32 blocks (cached: four float16 ones)."""
+        """Most bytes of activations and tokens held at a time: two float32 blocks (cached: four float16 ones).
+
+        Streamed to several processes, each holds its share of that.
+        """
         return 2 * self.block * (self.per_context * self.d_model * 4 + self.profile.context_length * 16)
 
-    def batches(self, batch: int, seed: int, start: int = 0) -> Iterator[Float[Tensor, "batch d_model"]]:
-        """Full batches for ever, on the model's device, float32; number `start` first. Close it to end its thread."""
-        blocks = _ahead(lambda stop: self._blocks(seed, start * batch, stop), self.device)
+    def batches(
+        self, batch: int, seed: int, start: int = 0, rank: int = 0, size: int = 1
+    ) -> Iterator[Float[Tensor, "part d_model"]]:
+        """Full batches for ever, on the model's device, float32; number `start` first. Close it to end its thread.
+
+        Of each batch, process `rank` of `size` gets the part that it shall train on.
+        """
+        part = batch // size
+        blocks = _ahead(lambda stop: self._blocks(seed, start * part, stop, rank, size), self.device)
         with contextlib.closing(blocks):
-            yield from _cut(blocks, batch)
+            yield from _cut(blocks, part)
 
     def sample(self, n: int, seed: int) -> Float[Tensor, "n d_model"]:
         """Tokens out of four times as many (or of a whole block, if that is less)."""
@@ -136,25 +150,29 @@ class Streamed:
         with contextlib.closing(smaller.batches(n, seed)) as batches:
             return next(batches)
 
-    def _blocks(self, seed: int, skip: int, stop: threading.Event) -> Iterator[Float[Tensor, "tokens d_model"]]:
-        """Shuffled blocks, epoch after epoch, without the first `skip` tokens."""
+    def _blocks(
+        self, seed: int, skip: int, stop: threading.Event, rank: int, size: int
+    ) -> Iterator[Float[Tensor, "tokens d_model"]]:
+        """A process's shuffled blocks, epoch after epoch, without the first `skip` tokens."""
         for epoch in itertools.count():
-            for number, contexts in enumerate(self._contexts(_mixed(seed, epoch))):
+            for number, contexts in enumerate(self._contexts(_mixed(seed, epoch), rank, size)):
                 if stop.is_set():
                     return
                 n = len(contexts) * self.per_context
                 if skip < n:
-                    yield self._harvested(contexts, _order(n, seed, epoch, number), stop)[skip:]
+                    yield self._harvested(contexts, _order(n, seed, epoch, number * size + rank), stop)[skip:]
                 skip = max(0, skip - n)
 
-    def _contexts(self, seed: int) -> Iterator[Int[Tensor, "block context"]]:
-        """The text in blocks of contexts; the last one holds what is left. Raises UserError: there is no context."""
+    def _contexts(self, seed: int, rank: int = 0, size: int = 1) -> Iterator[Int[Tensor, "block context"]]:
+        """Every `size`-th context in blocks; the last holds what is left. Raises UserError: there is no context."""
         rows = token_batches(self.profile, load_tokenizer(self.profile), self.split, batch=1, seed=seed)
+        rows = itertools.islice(rows, rank, None, size)
         first = next(rows, None)
         if first is None:
-            raise UserError(f"the {self.split} text of {self.profile.name!r} is shorter than a context: add text")
+            few = "a context" if size == 1 else f"{size} contexts, one for each process"
+            raise UserError(f"the {self.split} text of {self.profile.name!r} is shorter than {few}: add text")
         rows = itertools.chain([first], rows)
-        while block := list(itertools.islice(rows, self.block)):
+        while block := list(itertools.islice(rows, -(-self.block // size))):
             yield torch.cat(block)
 
     def _harvested(self, contexts: Tensor, places: Int[Tensor, "tokens"], stop: threading.Event) -> Tensor:
@@ -172,7 +190,8 @@ class Streamed:
 class Cached(Streamed):
     """Activations from shards on disk, one block each, float16 (relative error 2^-11), written once and read at random.
 
-    A harvest that was cut off goes on at the first shard that is not there. Batches are float32 again.
+    A harvest that was cut off goes on with the shards that are not there; several processes take turns at them. Batches
+    are float32 again.
     """
 
     dtype = torch.float16
@@ -195,15 +214,15 @@ class Cached(Streamed):
         self.facts["limit"] = self.limit
         self.folder = Path(folder or BUILD / "activations" / self.identity)
         self.shown = str(self.folder).replace(f"{ROOT}/", "")
-        self.shards, complete = self._manifest()
-        if not (complete and all((self.folder / name).is_file() for name in self.shards)):
-            self._build()
+        self.shards, there, complete = together([] if here()[0] else [self._manifest()])[0]
+        if not complete:
+            self._build(there)
 
-    def _manifest(self) -> tuple[dict[str, dict], bool]:
-        """Token count and SHA-256 of the shards that are there, by name, and whether those are all."""
+    def _manifest(self) -> tuple[dict[str, dict], set[str], bool]:
+        """Token count and SHA-256 of shards by name, which of them are there, and whether that is the whole cache."""
         path = self.folder / "manifest.json"
         if not path.is_file():
-            return {}, False
+            return {}, set(), False
         try:
             manifest = json.loads(path.read_text(encoding="utf-8"))
             same, shards, complete = manifest["identity"] == self.identity, manifest["shards"], manifest["complete"]
@@ -211,18 +230,22 @@ class Cached(Streamed):
             raise UserError(f"{self.shown}/manifest.json is damaged: delete the folder and harvest again") from error
         if not same:
             raise UserError(f"{self.shown} holds other activations than asked for: delete it, or name another folder")
-        return shards, complete
+        there = {name for name in shards if (self.folder / name).is_file()}
+        return shards, there, complete and len(there) == len(shards)
 
-    def _build(self) -> None:
-        """Write the shards that are missing, and the manifest after each of them."""
-        blocks = itertools.islice(self._contexts(seed=0), self.limit)
-        with tqdm(desc=f"harvest {self.hook}", unit="token", unit_scale=True) as bar:
-            for number, contexts in enumerate(blocks):
-                name = f"{number:06d}.safetensors"
-                if name not in self.shards or not (self.folder / name).is_file():
-                    self.shards[name] = self._write_shard(name, contexts)
-                    self._write_manifest(complete=False)
-                    bar.update(self.shards[name]["tokens"])
+    def _build(self, there: set[str]) -> None:
+        """Write the shards that are missing, each process one at a time, and the manifest after each time."""
+        rank, size = here()
+        blocks = enumerate(itertools.islice(self._contexts(seed=0), self.limit))
+        named = ((f"{number:06d}.safetensors", contexts) for number, contexts in blocks)
+        missing = (entry for entry in named if entry[0] not in there)
+        shown = {"disable": True} if rank else {}
+        with tqdm(desc=f"harvest {self.hook}", unit="token", unit_scale=True, **shown) as bar:
+            while turn := list(itertools.islice(missing, size)):
+                written = together([(name, self._write_shard(name, block)) for name, block in turn[rank : rank + 1]])
+                self.shards |= dict(written)
+                self._write_manifest(complete=False)
+                bar.update(sum(shard["tokens"] for _, shard in written))
         self._write_manifest(complete=True)
 
     def _write_shard(self, name: str, contexts: Int[Tensor, "block context"]) -> dict:
@@ -236,13 +259,19 @@ class Cached(Streamed):
         return {"tokens": n, "shape": list(block.shape), "sha256": hashlib.sha256(data).hexdigest()}
 
     def _write_manifest(self, complete: bool) -> None:
+        if here()[0]:  # the first process writes it
+            return
         manifest = {"identity": self.identity, **self.facts, "complete": complete, "shards": self.shards}
         write({self.folder / "manifest.json": (json.dumps(manifest, indent=1) + "\n").encode()})
 
-    def _blocks(self, seed: int, skip: int, stop: threading.Event) -> Iterator[Float[Tensor, "tokens d_model"]]:
-        names = sorted(self.shards)
+    def _blocks(
+        self, seed: int, skip: int, stop: threading.Event, rank: int, size: int
+    ) -> Iterator[Float[Tensor, "tokens d_model"]]:
+        names, dealt = sorted(self.shards), itertools.count()  # like cards, on into the next epoch
         for epoch in itertools.count():
             for number in _order(len(names), seed, epoch).tolist():
+                if next(dealt) % size != rank:
+                    continue
                 n = self.shards[names[number]]["tokens"]
                 if skip < n:
                     yield self._read(names[number])[_order(n, seed, epoch, number)][skip:].to(self.device)

@@ -180,7 +180,7 @@ def matched(a: SAE, b: SAE) -> Float[Tensor, "n_latents"]:
 
 def _cosines(a: SAE, b: SAE, which: Int[Tensor, "some"]) -> Iterator[Float[Tensor, "few n_latents"]]:
     """Decoder cosines of some latents of `a` with all of `b`, a few at a time."""
-    ours, theirs = (torch.nn.functional.normalize(sae.W_dec.detach().float(), dim=1) for sae in (a, b))
+    ours, theirs = (torch.nn.functional.normalize(sae.W_dec.detach().to(b.W_dec.device), dim=1) for sae in (a, b))
     for few in which.split(max(1, 2**24 // b.n_latents)):
         yield ours[few] @ theirs.T
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import base64
 import copy
-import json
 import shutil
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from nbformat import NotebookNode
 
 from saelib import UserError
 from saelib.profile import BUILD, ROOT, available, load_profile
+from saelib.report import read
 
 SITE = BUILD / "site"
 DEFAULT = "docstring-gpt"
@@ -70,8 +70,18 @@ def merge(source: NotebookNode, run: NotebookNode, chapter: str) -> NotebookNode
 
 
 def executed(profile: str) -> dict[str, NotebookNode]:
-    """Merged notebooks of the chapters that were run under the profile, by name. Raises UserError: see `merge`."""
-    runs = BUILD / "runs" / load_profile(profile).name
+    """Merged notebooks of the chapters that were run under the profile, by name.
+
+    Raises:
+        UserError: see `merge`; or some are a rehearsal, whose numbers are of no model that anybody uses.
+    """
+    name = load_profile(profile).name
+    runs, results = BUILD / "runs" / name, BUILD / "results" / name
+    if rehearsals := [
+        path.stem for path in sorted(results.glob("*.json")) if read(path)["provenance"].get("rehearsal")
+    ]:
+        cure = "run them again without HF_ENDPOINT, on the real models"
+        raise UserError(f"{', '.join(rehearsals)} of {name}: only rehearsed against a local hub, no findings: {cure}")
     return {
         path.stem: merge(nbformat.read(path, 4), nbformat.read(runs / path.name, 4), path.stem)
         for path in _chapters()
@@ -144,7 +154,7 @@ def _run_facts(result: Path) -> str:
     """Date, duration and hardware of the run that wrote a results file."""
     if not result.is_file():
         return "[not run]{.not-run}"
-    facts = json.loads(result.read_text(encoding="utf-8"))["provenance"]
+    facts = read(result)["provenance"]
     hardware = facts["hardware"]["gpu"] or f"{facts['hardware']['cores']} CPU cores"
     return f"{facts['date']}, {facts['wall_seconds']:.0f} s, {hardware}"
 

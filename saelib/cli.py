@@ -98,6 +98,43 @@ def run(
         sys.exit(1)
 
 
+@main.command(short_help="Run a notebook over a grid of values, here or on a cluster.")
+@click.argument("notebook", metavar="NB")
+@click.option("-g", "grid", multiple=True, metavar="KEY=V1,V2", help="Values of one key; the grid is their product.")
+@profile_option
+@click.option("--scheduler", metavar="ADDRESS", help="A dask.distributed scheduler.  [default: local processes]")
+@click.option("--jobs", type=click.IntRange(min=1), help="Local processes.  [default: 1]")
+@click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="[default: _build/sweeps/PROFILE/NB]")
+def sweep(
+    notebook: str, grid: tuple[str, ...], profile: str, scheduler: str | None, jobs: int | None, out: Path | None
+) -> None:
+    """Run NB, a chapter or the path of a notebook with a parameters cell, once for every point of a grid.
+
+    A plain KEY is a parameter of the notebook, a dotted one a value of the profile. DIR/rows.csv gets one row a point:
+    its values, how it ended, and the numbers that it published. A point that fails is tried once more and holds up no
+    other. Points that are done are skipped, so a sweep that was stopped goes on where it was.
+
+    The workers of a cluster need this checkout and DIR under the same paths, on a file system that they share.
+
+    \b
+    Examples:
+      saelib sweep 06 -g recipe.lr=1e-3,2e-3,4e-3 -g seed=0,1 --jobs 2
+      saelib sweep my.ipynb -g activations.block=512,4096 --profile my.yml
+      saelib sweep 06 -g recipe.lr=1e-4,2e-4 --profile gpt2-small --scheduler tcp://10.0.0.1:8786
+
+    \b
+    Exit codes: 0 all done, 1 a point failed, 2 something given is wrong.
+    """
+    from saelib.sweep import sweep as run_grid
+
+    table, rows = run_grid(notebook, grid, profile, scheduler, jobs, out)
+    failed = [row for row in rows if row["state"] != "done"]
+    for row in failed:
+        click.echo(", ".join(f"{pair.split('=')[0]} {row[pair.split('=')[0]]}" for pair in grid) + f": {row['error']}")
+    click.echo(f"{len(rows) - len(failed)} of {len(rows)} points done: {os.path.relpath(table)}")
+    sys.exit(1 if failed else 0)
+
+
 @main.command(short_help="Train the profile's model from scratch.")
 @profile_option
 @pairs_option
@@ -159,6 +196,7 @@ def train(
     """
     from saelib import train as trainer
     from saelib.profile import BUILD, load_profile, override
+    from saelib.ranks import processes
     from saelib.runner import parse_pairs
 
     chosen = load_profile(profile)
@@ -168,7 +206,7 @@ def train(
     values |= {f"saes.{name}.{key}": value for key, value in recipe.items()}  # what NAME's own section says yields
     chosen = override(chosen, values)
     out = out or BUILD / "sae" / chosen.name / name
-    with trainer.processes():
+    with processes():
         sae = trainer.train(chosen, name, out, resume=resume, tensorboard=tensorboard, shards=shards)
     metrics = sae.facts["metrics"]
     if trainer.World.first():
@@ -220,6 +258,86 @@ def import_(source: Path, target: Path) -> None:
     biased = "with" if sae.latent_bias is not None else "without"
     place = os.path.relpath(target)
     click.echo(f"{sae.architecture}, {size}, {biased} latent bias, normalises {sae.normalize}: {place}")
+
+
+@main.command(short_help="Say what a profile takes, before anything is fetched or run.")
+@click.argument("chapters", nargs=-1, metavar="[01 04 …]")
+@profile_option
+@pairs_option
+@click.option(
+    "--device-memory",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="GB",
+    help="Plan for a GPU of this memory, not for the device here.",
+)
+@click.option(
+    "--flops", type=click.FloatRange(min=0, min_open=True), metavar="TFLOP/S", help="Its speed on float32 products."
+)
+@click.option(
+    "--bandwidth", type=click.FloatRange(min=0, min_open=True), metavar="GB/S", help="The speed of its memory."
+)
+def plan(
+    chapters: tuple[str, ...], profile: str, pairs: tuple[str, ...], device_memory: float | None, flops: float | None,
+    bandwidth: float | None,
+) -> None:  # fmt: skip
+    """Say what chapters, and the training of the profile's SAEs, take: downloads, disk, memory, arithmetic, hours.
+
+    Hours are estimates. They follow from formulas and from ten seconds of measuring the device found; with --flops and
+    --bandwidth, a data sheet's numbers, they are lower bounds. What cannot fit is refused, with the setting to change.
+
+    \b
+    Examples:
+      saelib plan                                              the default profile, on this machine
+      saelib plan --profile gpt2-small                         GPT-2 small, on this machine
+      saelib plan --profile gpt2-small --device-memory 24      the same on a GPU of 24 GB
+      saelib plan --profile gpt2-small -p activations.block=8192 --device-memory 16
+      saelib plan 02 05 --profile my.yml                       two chapters on your own model
+
+    \b
+    Exit codes: 0 it fits, 2 it does not, or something given is wrong.
+    """
+    from saelib import plan as planner
+    from saelib.profile import load_profile, override
+    from saelib.runner import parse_pairs
+
+    if (flops is None) != (bandwidth is None):
+        raise UserError("--flops and --bandwidth belong together: give both, or neither to have them measured")
+    speed = None if flops is None else planner.bound(flops, bandwidth)
+    for line in planner.report(override(load_profile(profile), parse_pairs(pairs)), chapters, device_memory, speed):
+        click.echo(line)
+
+
+@main.command(short_help="Download what a profile needs, so that it runs offline.")
+@profile_option
+@click.option("--dry-run", is_flag=True, help="Say what is needed, how large it is and where it goes; get nothing.")
+@click.option(
+    "--only", type=click.Choice(["model", "text", "saes", "checkpoints"]), help="One kind; of checkpoints, then all."
+)
+def fetch(profile: str, dry_run: bool, only: str | None) -> None:
+    """Download the models, text, SAEs and training checkpoints that the profile names, and check them.
+
+    Sizes are said first. What is there is not fetched again, and what was cut short goes on where it was. Afterwards
+    the profile runs with HF_HUB_OFFLINE=1. Without --only, the checkpoints are those that chapters look at in any case:
+    the search of chapter 04 loads others as it goes. Chapter 08 streams its labelled data sets and does without them
+    where it cannot.
+
+    \b
+    Examples:
+      saelib fetch --profile gpt2-small --dry-run
+      saelib fetch --profile gpt2-small
+      saelib fetch --profile stanford-gpt2-small-a --only checkpoints
+
+    \b
+    Mirrors and proxies: HF_ENDPOINT, SAELIB_OPENAI_URL, HTTPS_PROXY. The hub's cache is in HF_HOME.
+    """
+    from saelib import hub
+    from saelib.profile import load_profile
+
+    chosen = load_profile(profile)
+    items = hub.needs(chosen, only)
+    click.echo(hub.table(items))
+    if not dry_run:
+        hub.fetch(chosen, items)
 
 
 @main.command(short_help="Build the book from executed notebooks.")

@@ -91,12 +91,12 @@ def halves(losses: Float[Tensor, "n pos-1"], segment: int) -> tuple[Float[Tensor
 
 def induction_pattern(tokens: Int[Tensor, "n pos"]) -> Float[Tensor, "n query key"]:
     """1 where the key follows an earlier occurrence of the query's token."""
-    return torch.stack([head_detector.get_induction_head_detection_pattern(row[None]) for row in tokens])
+    return torch.stack([head_detector.get_induction_head_detection_pattern(row[None]) for row in tokens.cpu()])
 
 
 def previous_pattern(tokens: Int[Tensor, "n pos"]) -> Float[Tensor, "1 query key"]:
     """1 where the key stands right before the query."""
-    return head_detector.get_previous_token_head_detection_pattern(tokens[:1])[None]
+    return head_detector.get_previous_token_head_detection_pattern(tokens[:1].cpu())[None]
 
 
 def uniform_attention(positions: int) -> Float[Tensor, "1 query key"]:
@@ -302,13 +302,33 @@ def patch_sweep(
 def patch_path(model: TransformerBridge, pair: Pair, source: Head, target: Head) -> dict[str, float]:
     """`recovery` when the source's clean output reaches only the target's queries (`q`), keys (`k`) or values (`v`).
 
-    Every other reader of the source still sees its corrupted output (path patching, Wang et al. 2022).
+    Every other reader of the source still sees its corrupted output (path patching, Wang et al. 2022). Where heads
+    share keys and values, those of the target's group are meant.
     """
     runs = pair.clean, pair.corrupted
     caches = [model.run_with_cache(tokens, names_filter=_names(model, "z"))[1] for tokens in runs]
     fixed = model, pair.corrupted, *caches, recovery(model, pair), *source
-    paths = {name: patching.get_act_patch_direct_path(*fixed, name, verbose=False) for name in "qkv"}
-    return {name: found[target].item() for name, found in paths.items()}
+    groups = model.cfg.n_key_value_heads or model.cfg.n_heads
+    shared = "kv" if groups < model.cfg.n_heads else ""  # TransformerLens patches what is a head's own
+    paths = {name: patching.get_act_patch_direct_path(*fixed, name, verbose=False) for name in "qkv"[: 3 - len(shared)]}
+    found = {name: path[target].item() for name, path in paths.items()}
+    return found | {name: _path_into_group(model, pair, caches, source, target, name) for name in shared}
+
+
+def _path_into_group(model, pair: Pair, caches: list, source: Head, target: Head, name: str) -> float:
+    """The path into the keys (`k`) or values (`v`) of a target's group: computed in a run where all see the source."""
+    clean, corrupted = (cache[f"blocks.{source.layer}.attn.hook_z"][:, :, source.index] for cache in caches)
+    change = (clean - corrupted) @ model.blocks[source.layer].attn.W_O[source.index]
+    place, before = f"blocks.{target.layer}.attn.hook_{name}", f"blocks.{target.layer}.hook_resid_pre"
+    with model.hooks(fwd_hooks=[(before, lambda residual, hook: residual + change)]):
+        wanted = model.run_with_cache(pair.corrupted, names_filter=place)[1][place]
+    group = target.index * wanted.shape[2] // model.cfg.n_heads
+
+    def patch(activation: Tensor, hook) -> Tensor:
+        activation[:, :, group] = wanted[:, :, group]
+        return activation
+
+    return recovery(model, pair)(model.run_with_hooks(pair.corrupted, fwd_hooks=[(place, patch)])).item()
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from saelib import UserError
 from saelib.activations import harvest
 from saelib.profile import Profile
+from saelib.ranks import everyone, here, shared, together
 from saelib.sae import SAE, TINY
 
 About = Literal["mean", "last", "zero"]
@@ -67,6 +68,10 @@ class NormalizedMse:
         """Take in contexts and their reconstructions, both in the space that errors are measured in."""
         self.errors.append(squared_error(x, x_hat).sum(1).cpu())
         self.spread.add(x)
+
+    def together(self) -> None:
+        """Take in what the other processes found in their shared parts."""
+        self.errors, self.spread.sums = together(self.errors), together(self.spread.sums)
 
     def result(self) -> Estimate:
         """The ratio, and its standard error over contexts."""
@@ -141,21 +146,25 @@ class Reconstruction(NamedTuple):
 
 @torch.no_grad()
 def reconstruct(sae: SAE, contexts: Iterable[Float[Tensor, "contexts pos d_model"]]) -> Reconstruction:
-    """Encode and decode raw activations, keeping numbers per token and per latent. Raises UserError: see `pieces`."""
+    """Encode and decode raw activations, keeping numbers per token and per latent. Raises UserError: see `pieces`.
+
+    Several processes give the same contexts, share them, and each has the whole result.
+    """
     errors, active, fired, mse = [], [], torch.zeros(sae.n_latents, dtype=torch.int64), NormalizedMse()
-    for batch in tqdm(contexts, desc="reconstructing", unit="batch", leave=False):
-        for x in pieces(batch, sae):
-            codes = sae.encode(x)
-            x_hat, on = sae.decode(codes), codes.values > 0
-            mse.add(*in_unit_space(x, x_hat))
-            errors.append(squared_error(x, x_hat).cpu())
-            active.append(on.sum(-1).cpu())
-            if codes.indices is None:
-                fired += on.flatten(0, -2).sum(0).cpu()
-            else:
-                fired += torch.bincount(codes.indices[on].cpu(), minlength=sae.n_latents)
-    error = torch.cat(errors)
-    return Reconstruction(error, torch.cat(active).double(), fired / error.numel(), mse.result())
+    batches = tqdm(contexts, desc="reconstructing", unit="batch", leave=False)
+    for x in shared(x for batch in batches for x in pieces(batch, sae)):
+        codes = sae.encode(x)
+        x_hat, on = sae.decode(codes), codes.values > 0
+        mse.add(*in_unit_space(x, x_hat))
+        errors.append(squared_error(x, x_hat).cpu())
+        active.append(on.sum(-1).cpu())
+        if codes.indices is None:
+            fired += on.flatten(0, -2).sum(0).cpu()
+        else:
+            fired += torch.bincount(codes.indices[on].cpu(), minlength=sae.n_latents)
+    mse.together()
+    error, active, fired = torch.cat(together(errors)), torch.cat(together(active)), sum(together([fired]))
+    return Reconstruction(error, active.double(), fired / error.numel(), mse.result())
 
 
 def pieces(x: Float[Tensor, "n pos d_model"], variant) -> tuple[Float[Tensor, "few pos d_model"], ...]:
@@ -174,7 +183,17 @@ def evaluate(sae: SAE, contexts: Iterable[Float[Tensor, "contexts pos d_model"]]
 
 
 def activations(profile: Profile, model, tokens: Int[Tensor, "n context"]) -> Iterable[Tensor]:
-    """Activations at the profile's hook, 64 contexts at a time: [64, pos, d_model]."""
-    for part in tokens.split(64):
+    """Activations at the profile's hook, 64 contexts at a time: [64, pos, d_model].
+
+    Several processes take turns, and give all of it to each other; what is left over each harvests by itself.
+    """
+
+    def one(part: Int[Tensor, "few context"]) -> Float[Tensor, "few pos d_model"]:
         found = harvest(model, part, profile.hook, profile.activations.positions)
-        yield found.view(len(part), -1, found.shape[-1])
+        return found.view(len(part), -1, found.shape[-1])
+
+    (rank, size), parts = here(), tokens.split(64)
+    even = len(tokens) // (64 * size) * size
+    for first in range(0, even, size):
+        yield from everyone(one(parts[first + rank]))
+    yield from map(one, parts[even:])

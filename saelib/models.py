@@ -10,11 +10,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.tools.model_registry.checkpoints import get_checkpoint_labels
@@ -22,7 +22,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging as transformers_logging
 
 from saelib import UserError
-from saelib.profile import ROOT, Profile
+from saelib.profile import ROOT, Profile, is_local
+from saelib.remote import listing
 
 
 class Checkpoint(NamedTuple):
@@ -70,7 +71,7 @@ def checkpoints(profile: Profile) -> list[Checkpoint]:
     name = profile.model.checkpoints
     if name is None:
         return []
-    if not _is_local(name):
+    if not is_local(name):
         return _revisions(profile, name)
     found = [_described(str(path), None) for path in _folder(name).glob("step-*") if path.is_dir()]
     if not found:
@@ -94,13 +95,6 @@ def _revisions(profile: Profile, name: str) -> list[Checkpoint]:
     return [Checkpoint(name, f"{prefix}{step}", step, per_step and step * per_step) for step in labels]
 
 
-def _is_local(name: str) -> bool:
-    """A name is local if its parent folder exists, or if it could not be a hub name."""
-    path = Path(name)
-    parent = len(path.parts) > 1 and (ROOT / path).parent.is_dir()
-    return path.is_absolute() or parent or (ROOT / path).is_dir() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)
-
-
 def _folder(name: str) -> Path:
     path = ROOT / name  # an absolute name stays what it is
     if not path.is_dir():
@@ -111,7 +105,7 @@ def _folder(name: str) -> Path:
 
 def _described(name: str, revision: str | None) -> Checkpoint:
     """A checkpoint with the training facts that our own folders carry in their config."""
-    if not _is_local(name):
+    if not is_local(name):
         return Checkpoint(name, revision, None, None)
     config = _folder(name) / "config.json"
     try:
@@ -124,10 +118,12 @@ def _described(name: str, revision: str | None) -> Checkpoint:
 def load_tokenizer(profile: Profile) -> PreTrainedTokenizerBase:
     """The tokenizer of the profile's model, its checkpoints and second seed. Raises UserError: it cannot be read."""
     source = main_model(profile)
+    _reach(source)
     try:
         return AutoTokenizer.from_pretrained(source.name, revision=source.revision)
     except Exception as error:  # a damaged tokenizer.json raises whatever its first broken part provokes
-        raise UserError(f"cannot load the tokenizer of {_short(source)}: {_first_line(error)}") from error
+        problem = f"{_first_line(error)}; {_cure(profile, source)}"
+        raise UserError(f"cannot load the tokenizer of {_short(source)}: {problem}") from error
 
 
 def load_model(profile: Profile, checkpoint: Checkpoint | None = None) -> TransformerBridge:
@@ -138,6 +134,7 @@ def load_model(profile: Profile, checkpoint: Checkpoint | None = None) -> Transf
     """
     source = checkpoint or main_model(profile)
     tokenizer = load_tokenizer(profile)
+    _reach(source)
     transformers_logging.disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(source.name, revision=source.revision)
@@ -145,7 +142,7 @@ def load_model(profile: Profile, checkpoint: Checkpoint | None = None) -> Transf
             source.name, revision=source.revision, dtype=torch.float32, attn_implementation="eager"
         )
     except (OSError, ValueError, SafetensorError, RuntimeError) as error:
-        problem = f"{_first_line(error)}; the files may be damaged or incomplete"
+        problem = f"{_first_line(error)}; {_cure(profile, source)}"
         raise UserError(f"cannot load {_short(source)}: {problem}") from error
     _check_fit(profile, source, config, tokenizer, model)
     weights, device = _digest(model), pick_device(profile)  # before the bridge renames and splits the tensors
@@ -187,6 +184,19 @@ def _short(source: Checkpoint) -> str:
     if path.is_absolute():
         shown = path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.name
     return f"model {shown}" + (f" at {source.revision}" if source.revision else "")
+
+
+def _reach(source: Checkpoint) -> None:
+    """Says at once what `transformers` would say in a minute: neither here nor to be had."""
+    cached = is_local(source.name) or try_to_load_from_cache(source.name, "config.json", revision=source.revision)
+    if not cached:
+        listing(source.name, source.revision)
+
+
+def _cure(profile: Profile, source: Checkpoint) -> str:
+    only = " --only checkpoints" if source.revision != profile.model.revision else ""
+    fetch = f"`saelib fetch --profile {profile.name}{only}` where there is a network"
+    return "the files may be damaged or incomplete" if is_local(source.name) else fetch
 
 
 def _first_line(error: Exception) -> str:

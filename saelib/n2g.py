@@ -427,6 +427,10 @@ class Explained:
         self.latents, self.values = (torch.from_numpy(column[order]) for column in (found.latents, found.values))
         self.sae, self.n_tokens, self.first = sae, n_tokens, 0
 
+    def skip(self, shape: torch.Size) -> None:
+        """Pass over contexts that another process takes; `shape` is that of their tokens."""
+        self.first = (self.first + shape.numel()) % self.n_tokens
+
     @torch.no_grad()
     def __call__(self, x: Float[Tensor, "n pos d_model"]) -> Float[Tensor, "n pos d_model"]:
         last = self.first + x.shape[:-1].numel()

@@ -40,11 +40,11 @@ class World:
     """Where this process stands among others: it holds a part of the latents and sees a part of every batch.
 
     Processes are numbered as torchrun does; `shards` neighbours share a batch and split the latents, and the groups
-    of them split the tokens. Alone (the default), every operation is the identity.
+    of them split the tokens. Alone, as by default whoever else there is, every operation is the identity.
     """
 
-    def __init__(self, shards: int = 1):
-        there = dist.is_initialized()
+    def __init__(self, shards: int | None = None):
+        there, shards = shards is not None and dist.is_initialized(), shards or 1
         self.size, self.rank = (dist.get_world_size(), dist.get_rank()) if there else (1, 0)
         if self.size % shards:
             raise UserError(f"{self.size} processes do not make groups of {shards} shards: choose a divisor")

@@ -2,7 +2,7 @@
 
 Only the pre-activations are a dense product. Everything else touches k rows per token: the decoder's sum, the gradients
 of the latents and of both matrices. Each operation has its slow, obvious form in `tests/test_ops.py`. All are plain
-PyTorch; `native.py` has compiled forms of most, and kernels for other devices belong beside it.
+PyTorch; most have compiled forms as well, for CPUs in `native.py`, for GPUs in `kernels_triton.py`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from saelib import native
+from saelib import kernels_triton, native
 
 CHUNK = 32
 """Neighbouring values whose maximum stands for them in the first stage of `topk`."""
@@ -112,6 +112,13 @@ def encode(
     Where they are not all held at once, the columns are not looked at: None stands for them, and `largest` finds them.
     """
     parts = tiles(len(x), len(encoder.weight))
+    if kernels_triton.usable(x, encoder.weight) and (
+        found := kernels_triton.encode_topk(x, encoder.weight, encoder.bias, k)
+    ):
+        values, indices, doubt = found
+        for rows in doubt.nonzero()[:, 0].split(parts[0].stop):
+            values[rows], indices[rows] = topk(encoder(x[rows]), k)
+        return values, indices, None
     if len(parts) == 1:
         return topk_and_largest(encoder(x), k, columns, most)
     found = [topk(encoder(x[part]), k) for part in parts]
@@ -127,11 +134,11 @@ def decode(
     values: Float[Tensor, "*batch k"], indices: Int[Tensor, "*batch k"], W_dec: Float[Tensor, "n d_model"]
 ) -> Float[Tensor, "*batch d_model"]:
     """Sum of rows of `W_dec`, weighted: what `dense_latents @ W_dec` gives."""
-    k = values.shape[-1]
-    weights = values.to(W_dec.dtype).reshape(-1, k)
-    return embedding_bag(indices.reshape(-1, k), W_dec, mode="sum", per_sample_weights=weights).view(
-        *values.shape[:-1], W_dec.shape[1]
-    )
+    k, shape = values.shape[-1], (*values.shape[:-1], W_dec.shape[1])
+    weights, rows = values.to(W_dec.dtype).reshape(-1, k), indices.reshape(-1, k)
+    if kernels_triton.usable(weights, W_dec):
+        return kernels_triton.decode(weights, rows.contiguous(), W_dec).view(shape)
+    return embedding_bag(rows, W_dec, mode="sum", per_sample_weights=weights).view(shape)
 
 
 def gradients(
@@ -146,6 +153,8 @@ def gradients(
     """
     k, n = indices.shape[1], len(W_dec)
     latents, order = indices.reshape(-1).to(torch.int32).sort(stable=True)
+    if kernels_triton.usable(z, g, x, W_dec, to_dec, to_enc):
+        return kernels_triton.gradients(indices.contiguous(), latents, order, z, g, x, W_dec, to_dec, to_enc)
     starts = torch.searchsorted(latents, torch.arange(n + 1, dtype=torch.int32, device=x.device))
     d_latent = x.new_zeros(n)
     if native.gradients(starts, order, z, g, x, W_dec, to_dec, to_enc, d_latent):
@@ -179,7 +188,8 @@ def _latent_gradient(g: Tensor, indices: Int[Tensor, "batch k"], W_dec: Tensor) 
 
 def across(gradient: Float[Tensor, "n d_model"], weight: Float[Tensor, "n d_model"]) -> Float[Tensor, "n"]:
     """Squared norm of each row of the gradient without its part along the weight's row."""
-    squares = native.across(gradient, weight.data)
+    compiled = kernels_triton if kernels_triton.usable(gradient, weight.data) else native
+    squares = compiled.across(gradient, weight.data)
     if squares is not None:
         return squares
     along = torch.linalg.vecdot(gradient, weight).square() / torch.linalg.vecdot(weight, weight)
@@ -212,7 +222,8 @@ def update(
     rate = adam.rate / (1 - adam.beta1**adam.step)
     root = (1 - adam.beta2**adam.step) ** -0.5
     numbers = [rate, adam.beta1, adam.beta2, adam.eps, root, adam.scale, adam.ema]
-    if native.update(tensors, numbers, project, unit):
+    compiled = kernels_triton if kernels_triton.usable(*tensors) else native
+    if compiled.update(tensors, numbers, project, unit):
         return
     for w, g, m, v, a in zip(*(x.split(max(1, TILE // columns)) for x in tensors), strict=True):
         if project:

@@ -808,7 +808,9 @@ def error_by_size(ax: Axes, runs: pd.DataFrame, laws: Mapping[int, Power]) -> No
 # --- chapter 08 -------------------------------------------------------------------------------------------------------
 
 
-def probe_tasks(ax: Axes, names: Sequence[str], values: Mapping[str, Sequence[float] | None]) -> None:
+def probe_tasks(
+    ax: Axes, names: Sequence[str], values: Mapping[str, Sequence[float] | None], absent: Sequence[str] = ()
+) -> None:
     """One row per task, ordered by the first list that is there: latent (dot), channel (dot), token, all (bar)."""
     styles = dict(zip(values, (
         {"marker": "o", "color": OURS, "label": "latent"}, {"marker": "o", "color": POINTED, "label": "channel"},
@@ -816,13 +818,15 @@ def probe_tasks(ax: Axes, names: Sequence[str], values: Mapping[str, Sequence[fl
         {"marker": "|", "color": INK, "markersize": 11, "markeredgewidth": 1.8, "label": "all channels"},
     ), strict=True))  # fmt: skip
     shown = {name: found for name, found in values.items() if found}
+    if not shown:
+        return _not_run([ax])
     order = sorted(range(len(names)), key=next(iter(shown.values())).__getitem__)
+    list(_rows(ax, {names[i]: i for i in order} | dict.fromkeys(absent)))
     ax.axvline(1, **DASHED)
     for name, found in shown.items():
         ax.plot([found[i] for i in order], range(len(order)), linestyle="", **styles[name])
-    ax.set_yticks(range(len(order)), [names[i] for i in order], fontsize=8)
-    ax.set(xlabel="loss over label entropy", ylim=(len(order) - 0.4, -0.6), xlim=(0, None))
-    ax.grid(axis="x")
+    ax.tick_params(axis="y", labelsize=8)
+    ax.set(xlabel="loss over label entropy", xlim=(0, None))
     ax.legend(ncols=4, loc="lower left", bbox_to_anchor=(0, 1), handletextpad=0.1, columnspacing=1.4)
 
 
@@ -847,6 +851,7 @@ def probe_sweep(axes: Sequence[Axes], table: pd.DataFrame) -> None:
     axes[1].set(xscale="log")
     series = [Estimate(row.value, row.se) for row in along.itertuples()]
     lines(axes[1], list(along.tokens), {"": series}, {"": OURS}, "training tokens", "")
+    axes[0].set_ylim(min(axes[0].get_ylim()[0], (along.value - 2 * along.se).min() - 0.005))  # room for the band
     axes[1].sharey(axes[0])
 
 

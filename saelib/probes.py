@@ -85,11 +85,13 @@ def holds(task: tuple[str, str], of: Window) -> bool:
 def sources(profile: Profile, tokenizer, n_train: int, n_test: int, seed: int) -> list[Source]:
     """The tasks that suit a profile's text: our own for docstrings and local text, those of `HUB` for web text.
 
+    A data set of `HUB` that cannot be read, or is too small, is left out with a warning.
+
     Raises:
-        UserError: the text holds too few documents that are as long as a context, or a data set cannot be read.
+        UserError: the text holds too few documents that are as long as a context.
     """
     if isinstance(profile.text, HuggingFace):
-        return [labelled(profile, tokenizer, entry, n_train, n_test, seed) for entry in HUB]
+        return list(_reachable(profile, tokenizer, n_train, n_test, seed))
     test = list(_windows(profile, tokenizer, documents(profile, "test"), seed))
     test = [test[i] for i in torch.linspace(0, len(test) - 1, min(n_test, len(test))).long().tolist()]
     texts, known = documents(profile, "train", seed), {of["package"] for of, _ in test}
@@ -97,6 +99,20 @@ def sources(profile: Profile, tokenizer, n_train: int, n_test: int, seed: int) -
         texts = (document for document in texts if document.package in known)
     train = list(itertools.islice(_windows(profile, tokenizer, texts, seed), n_train))
     return [_source({name: task for group in TASKS.values() for name, task in group.items()}, train, test)]
+
+
+def asked(profile: Profile) -> list[str]:
+    """Names of all tasks that suit a profile's text, whether or not they can be run."""
+    groups = (entry["tasks"] for entry in HUB) if isinstance(profile.text, HuggingFace) else TASKS.values()
+    return [name for group in groups for name in group]
+
+
+def _reachable(profile: Profile, *how) -> Iterator[Source]:
+    for entry in HUB:
+        try:
+            yield labelled(profile, *how[:1], entry, *how[1:])
+        except UserError as error:
+            warnings.warn(str(error), stacklevel=3)
 
 
 def labelled(profile: Profile, tokenizer, entry: dict, n_train: int, n_test: int, seed: int) -> Source:

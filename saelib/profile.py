@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -19,8 +20,8 @@ from saelib import UserError
 ROOT = Path(__file__).resolve().parent.parent
 """The checkout: profiles, shipped models and results are found relative to it."""
 
-BUILD = ROOT / "_build"
-"""Everything a run writes goes below this folder; git ignores it."""
+BUILD = ROOT / os.environ.get("SAELIB_BUILD", "_build")
+"""Everything a run writes goes below this folder; git ignores it. `$SAELIB_BUILD` names another."""
 
 
 class Section(BaseModel):
@@ -67,6 +68,10 @@ class HuggingFace(Section):
     hub_split: str = "train"
     evaluation_documents: PositiveInt = 10_000
     """The first so many documents are validation, the next so many test, the rest training."""
+    documents: PositiveInt | None = None
+    """Of the whole data set. With `tokens`, `saelib fetch` gets only what the longest training run reads."""
+    tokens: PositiveInt | None = None
+    """Of the whole data set, about."""
 
 
 class Model(Section):
@@ -227,6 +232,8 @@ class Sae(Section):
     """Of the weights and of the order of the data."""
     checkpoint: int | None = None
     """Training step of the model it reads; absent: the final model."""
+    openai: Literal["v5_32k", "v5_128k"] | None = None
+    """Not trained but fetched: the SAE of this release by OpenAI, of GPT-2 small at the profile's hook."""
     recipe: dict[str, object] = {}
     """Values that replace the profile's."""
 
@@ -348,6 +355,13 @@ def _allowed(location: tuple) -> list[str]:
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
+
+
+def is_local(name: str) -> bool:
+    """A model or data set is local if its parent folder exists, or if it could not be a hub name."""
+    path = Path(name)
+    parent = len(path.parts) > 1 and (ROOT / path).parent.is_dir()
+    return path.is_absolute() or parent or (ROOT / path).is_dir() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)
 
 
 def text_fingerprint(profile: Profile) -> str:

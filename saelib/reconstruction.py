@@ -13,12 +13,11 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from saelib import study
 from saelib.metrics import About, Estimate, Spread, mean, precise, ratio
 from saelib.models import checkpoints, load_model
 from saelib.profile import Profile
 from saelib.sae import SAE, TINY
-from saelib.train import load_sae
+from saelib.train import load_sae, there
 
 
 class Convention(NamedTuple):
@@ -96,7 +95,7 @@ class Ruler:
 
 def control(profile: Profile, name: str) -> tuple[SAE, TransformerBridge] | None:
     """An SAE that reads a training checkpoint, and that checkpoint's model; None where it was not trained."""
-    if study.at_hand(profile, [name], None)[name] is None:
+    if name not in profile.saes or not there(profile, name):
         return None
     model = load_model(profile, next(c for c in checkpoints(profile) if c.step == profile.saes[name].checkpoint))
     return load_sae(profile, name, model), model
@@ -193,9 +192,9 @@ def with_giant(
     return {convention: ruler.measure(error, convention) for convention in (PAPER, JOURNAL)}
 
 
-def implied_ratio(honest: float, flattered: float, positions: int) -> float:
+def implied_ratio(honest: float, flattered: float, positions: int) -> float | None:
     """How long one position of a context must be, in lengths of the others, to turn one error into the other.
 
-    If it is reconstructed exactly: flattered = honest (T - 1) / (T - 1 + ratio^2).
+    If it is reconstructed exactly: flattered = honest (T - 1) / (T - 1 + ratio^2). None: no length does.
     """
-    return ((positions - 1) * (honest / flattered - 1)) ** 0.5
+    return ((positions - 1) * (honest / flattered - 1)) ** 0.5 if flattered <= honest else None

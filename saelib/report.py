@@ -20,6 +20,7 @@ import platform
 import subprocess
 import sys
 import time
+import urllib.parse
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -66,14 +67,14 @@ def result_file(
 ) -> Path | None:
     """The newest results of a chapter: in the folder `fresh`, unless what is published is of a later day.
 
-    With `parameters`, the chapter's own, a fresh file counts only if it was made with them.
+    With `parameters`, the chapter's own, a fresh file counts only if it was made with them; a rehearsal never counts.
     """
     published = ROOT / "results" / profile_name / f"{chapter}.json"
 
     def counts(path: Path) -> bool:
-        if path == published or parameters is None:
-            return True
-        return read(path)["provenance"]["parameters"].items() <= parameters.items()
+        made = read(path)["provenance"]
+        same = path == published or parameters is None or made["parameters"].items() <= parameters.items()
+        return same and not made.get("rehearsal")
 
     found = [path for path in (fresh and fresh / published.name, published) if path and path.is_file() and counts(path)]
     return max(found, key=lambda path: read(path)["provenance"]["date"], default=None)
@@ -97,6 +98,7 @@ class Report:
             "date": self.date, **_commit(), "versions": versions(),
             "hardware": {"machine": platform.machine(), "cores": cores(), "gpu": None}, "device": None, "dtype": None,
             "seed": parameters.get("seed"), "parameters": parameters, "text": text_fingerprint(profile), "weights": {},
+            **rehearsed(),
         }  # fmt: skip
 
     def uses(self, model, role: str = "model") -> None:
@@ -184,6 +186,12 @@ def versions() -> dict[str, str]:
     """Versions of Python, of this module, and of the packages that can move a number."""
     packages = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "transformer_lens")}
     return {"python": platform.python_version(), "saelib": __version__, **packages}
+
+
+def rehearsed() -> dict[str, bool]:
+    """`rehearsal` where a server on this machine stands in for the hub (`$HF_ENDPOINT`): its models are made up."""
+    host = urllib.parse.urlsplit(os.environ.get("HF_ENDPOINT", "")).hostname or ""
+    return {"rehearsal": True} if host in {"localhost", "::1"} or host.startswith("127.") else {}
 
 
 def _commit() -> dict[str, str | bool | None]:

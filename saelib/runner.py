@@ -12,6 +12,7 @@ import ast
 import hashlib
 import json
 import os
+import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,10 +31,11 @@ from papermill.execute import remove_error_markers
 
 from saelib import UserError
 from saelib.profile import BUILD, ROOT, Profile, content_hash, load_profile
-from saelib.report import cores, result_file, versions
+from saelib.ranks import MEETING
+from saelib.report import cores, rehearsed, result_file, versions
 
 NOTEBOOKS = ROOT / "notebooks"
-FRAME = {"cli.py", "runner.py", "book.py", "pretrain.py", "scoreboard.py"}
+FRAME = {f"{name}.py" for name in "cli runner book pretrain scoreboard hub remote plan costs sweep".split()}
 """Files of saelib that no chapter computes with: they may change without a chapter being run again."""
 SUMMARY = "12_scoreboard"
 """The chapter that reads what all others have published."""
@@ -63,10 +65,11 @@ class ChapterFailed(Exception):
 
 def chapters() -> list[Chapter]:
     """All chapters (`NN_noun.ipynb`) in order."""
-    return [_read(path) for path in sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))]
+    return [read(path) for path in sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))]
 
 
-def _read(path: Path) -> Chapter:
+def read(path: Path) -> Chapter:
+    """One notebook. Raises UserError: not there, damaged, or without a parameters cell of literals."""
     try:
         cells = nbformat.read(path, as_version=4).cells
         content = [(cell.cell_type, cell.source, cell.metadata.get("tags", [])) for cell in cells]
@@ -130,7 +133,11 @@ def surroundings(profile: Profile) -> list:
     files += [ROOT / name for name in named if name]
     files += [path for path in (ROOT / "results").glob("*/*.json") if path.parent.name != profile.name]
     files += [*(ROOT / "results" / profile.name).glob("*/*.json"), *(NOTEBOOKS / "sweeps").glob("*.yml")]
-    return [profile.model_dump_json(), versions(), [(path.name, content_hash(path)) for path in sorted(files)]]
+    return [
+        profile.model_dump_json(),
+        versions() | rehearsed(),
+        [(path.name, content_hash(path)) for path in sorted(files)],
+    ]
 
 
 def _read_by(chapter: Chapter, found: list[Chapter], profile: Profile, results: Path) -> list:
@@ -166,20 +173,24 @@ def plan(
     out = (out or BUILD / "runs" / profile.name).resolve()
     if out == NOTEBOOKS.resolve():
         raise UserError(f"--out {out.name} holds the chapters themselves: choose another folder")
-    profile_name = _seen_from(NOTEBOOKS, profile_name)
+    profile_name = seen_from(NOTEBOOKS, profile_name)
     shared, plans = surroundings(profile), []
     for chapter in chosen:
         check_parameters(chapter, values)
         given = {"profile": profile_name, **values}
         parameters = {key: value for key, value in given.items() if value != chapter.parameters.get(key)}
         numbers = _read_by(chapter, found, profile, results_of(out))
-        everything = json.dumps([shared, chapter.content, parameters, numbers], sort_keys=True)
-        inputs = hashlib.sha256(everything.encode()).hexdigest()[:16]
+        inputs = inputs_of(shared, chapter.content, parameters, numbers)
         plans.append(Plan(chapter, parameters, inputs, *_last_run(out / chapter.path.name, inputs)))
     return plans, out
 
 
-def _seen_from(folder: Path, profile_name: str) -> str:
+def inputs_of(*parts: object) -> str:
+    """Start of a SHA-256 over everything that goes into a run."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def seen_from(folder: Path, profile_name: str) -> str:
     """A profile's name, or the path of one's own as the kernel needs it, which runs in `folder`."""
     return os.path.relpath(profile_name, folder) if profile_name.endswith((".yml", ".yaml")) else profile_name
 
@@ -210,52 +221,72 @@ def run(
     """Run chapters that are not done (`force`: all of them) in order, one line each; stop at the first that fails.
 
     Executed notebooks go to `_build/runs/<profile>`, numbers to `_build/results/<profile>`; or `out`, `out/results`.
+    Of several processes that torchrun started, whose kernels share the work, only the first keeps and says anything.
 
     Raises:
         UserError: see `plan`; or a cell raised one.
         ChapterFailed: a cell raised any other error. Its executed notebook is kept.
     """
     plans, folder = plan(names, profile_name, pairs, out)
-    _make(folder)
+    make(folder)
+    say = print
+    if int(os.environ.get("RANK", 0)):
+        scratch = tempfile.TemporaryDirectory(prefix="saelib-")  # goes when this ends
+        plans, folder = [item for item in plans if item.chapter.name != SUMMARY], Path(scratch.name)
+        say = str
     for item in plans:
         if item.chapter.name == SUMMARY:  # the others may have run since
             item = plan([SUMMARY], profile_name, pairs, out)[0][0]
         if item.state == "done" and not force:
-            print(line(item.chapter, "up to date", item.seconds))
+            say(line(item.chapter, "up to date", item.seconds))
         else:
-            _run_one(item, folder / item.chapter.path.name, results_of(folder))
+            kept = folder / item.chapter.path.name
+            seconds, failure = run_one(item, kept, results_of(folder), **_siblings(item.chapter))
+            say(line(item.chapter, "failed" if failure else "done", seconds))
+            if failure:
+                raise _explained(item.chapter, failure, kept) from failure
 
 
-def _make(folder: Path) -> None:
+def _siblings(chapter: Chapter) -> dict[str, str]:
+    """What a kernel has to know where torchrun started several: where they meet, and which GPU is its own."""
+    if "RANK" not in os.environ:
+        return {}
+    gpus, number = os.environ.get("CUDA_VISIBLE_DEVICES"), int(os.environ["LOCAL_RANK"])
+    own = str(number) if gpus is None else dict(enumerate(gpus.split(","))).get(number, "")
+    quiet = {"TQDM_DISABLE": "1"} if os.environ["RANK"] != "0" else {}
+    return {MEETING: chapter.name, "CUDA_VISIBLE_DEVICES": own, **quiet}
+
+
+def make(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write to --out {folder.name}: {error.strerror}; choose another folder") from error
 
 
-def _run_one(item: Plan, kept: Path, results: Path) -> None:
-    chapter, started, failure = item.chapter, time.perf_counter(), None
+def run_one(item: Plan, kept: Path, results: Path, **environment: str) -> tuple[float, Exception | None]:
+    """Execute one notebook, keep it as `kept`, also when a cell fails: seconds, and how it failed."""
+    started, failure = time.perf_counter(), None
     kept.unlink(missing_ok=True)  # from here on the numbers are no longer its own
     unfinished = kept.with_name(f".unfinished-{kept.name}")
     try:
-        _execute(item, unfinished, results)
+        _execute(item, unfinished, results, **environment)
     except (PapermillExecutionError, DeadKernelError) as error:
         failure = error
     seconds, state = round(time.perf_counter() - started, 1), "failed" if failure else "done"
     notebook = remove_error_markers(nbformat.read(unfinished, as_version=4))
     del notebook.metadata["papermill"]  # holds paths of this machine
-    numbers = content_hash(results / f"{chapter.name}.json")
+    numbers = content_hash(results / f"{item.chapter.name}.json")
     notebook.metadata["saelib"] = {"state": state, "inputs": item.inputs, "seconds": seconds, "numbers": numbers}
     nbformat.write(notebook, unfinished)
     unfinished.replace(kept)
-    print(line(chapter, state, seconds))
-    if failure:
-        raise _explained(chapter, failure, kept) from failure
+    return seconds, failure
 
 
 def _execute(item: Plan, output: Path, results: Path, **environment: str) -> None:
     """Execute into `output`, which papermill also writes when a cell fails."""
     backend = "module://matplotlib_inline.backend_inline"
+    quiet = "TQDM_DISABLE" in environment or None  # None: shown on a terminal only
     environment = {"SAELIB_RESULTS": str(results), "MPLBACKEND": backend, **environment}
 
     class OwnKernel(AsyncKernelManager):
@@ -266,7 +297,7 @@ def _execute(item: Plan, output: Path, results: Path, **environment: str) -> Non
     papermill.execute_notebook(
         item.chapter.path, output, item.parameters, cwd=item.chapter.path.parent,
         kernel_name="python3", language="python", kernel_manager_class=OwnKernel,
-        progress_bar={"desc": item.chapter.name, "leave": False, "disable": None},  # None: on a terminal only
+        progress_bar={"desc": item.chapter.name, "leave": False, "disable": quiet},
     )  # fmt: skip
 
 
@@ -284,11 +315,12 @@ def sweep(
         UserError: a chapter without a sweep, or a variant or parameter that does not exist; or a cell raised one.
         ChapterFailed: a cell raised any other error.
     """
+    refuse_torchrun()
     values, profile, folder = parse_pairs(pairs), load_profile(profile_name), NOTEBOOKS / "sweeps"
     grids = [chapter for chapter in chapters() if (folder / f"{chapter.name}.yml").is_file()]
     for chapter in select(names, grids, "chapter with a sweep"):
         grid = yaml.safe_load((folder / f"{chapter.name}.yml").read_text(encoding="utf-8"))
-        notebook = _read(folder / f"{chapter.name[:2]}_variant.ipynb")
+        notebook = read(folder / f"{chapter.name[:2]}_variant.ipynb")
         check_parameters(notebook, values)
         only = values.get("variant")
         if only not in {None, *grid["variants"]}:
@@ -297,8 +329,8 @@ def sweep(
         other = bool(values.keys() - {"variant"})
         kept = shown / "results" if out or other else ROOT / "results" / profile.name / shown.name
         for place in (shown / "unfinished", kept):
-            _make(place)
-        item = Plan(notebook, {**values, "profile": _seen_from(folder, profile_name)}, "", "")
+            make(place)
+        item = Plan(notebook, {**values, "profile": seen_from(folder, profile_name)}, "", "")
         _sweep_one(item, grid, [only] if only else list(grid["variants"]), shown, kept, jobs, force or other)
 
 
@@ -324,6 +356,12 @@ def _sweep_one(item: Plan, grid: dict, variants: list[str], shown: Path, kept: P
         list(pool.map(one, variants))
 
 
+def refuse_torchrun() -> None:
+    """Raise a UserError in one of several processes that would all run the same sweep."""
+    if "RANK" in os.environ:
+        raise UserError("a sweep starts its own processes: leave out torchrun")
+
+
 def line(chapter: Chapter, state: str, seconds: float | None) -> str:
     """One chapter on one line: name, state, seconds."""
     return f"{chapter.name:<18} {state:<10} " + (" " * 9 if seconds is None else f"{seconds:7.1f} s")
@@ -333,10 +371,16 @@ def _explained(chapter: Chapter, failure: Exception, kept: Path) -> Exception:
     """The exception to show: a user's mistake as one line, anything else with its cell."""
     shown = os.path.relpath(kept)
     if isinstance(failure, DeadKernelError):
-        return ChapterFailed(f"{chapter.name}: the kernel died, most often for want of memory; kept as {shown}")
+        return ChapterFailed(f"{chapter.name}: {first_line(failure)}; kept as {shown}")
     where = f"cell In [{failure.exec_count}]"
     if failure.ename == "UserError":
         return UserError(f"{chapter.name}, {where}: {failure.evalue}")
     source = "\n".join(f"    {line}" for line in failure.source.splitlines())
-    problem = f"{failure.ename}: " + failure.evalue.strip().split("\n")[0]
-    return ChapterFailed(f"{chapter.name}: {where} failed\n{source}\n{problem}\nkept as {shown}")
+    return ChapterFailed(f"{chapter.name}: {where} failed\n{source}\n{first_line(failure)}\nkept as {shown}")
+
+
+def first_line(failure: Exception) -> str:
+    """What went wrong in a notebook, in one line."""
+    if isinstance(failure, DeadKernelError):
+        return "the kernel died, most often for want of memory"
+    return f"{failure.ename}: " + failure.evalue.strip().split("\n")[0]

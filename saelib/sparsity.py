@@ -28,6 +28,7 @@ from transformers import DynamicCache
 from saelib import UserError
 from saelib.activations import MODEL, SUB_BATCH
 from saelib.metrics import Estimate, mean, pieces
+from saelib.ranks import shared, together
 from saelib.sae import SAE
 from saelib.splice import LOGITS, Variant, prefix
 from saelib.text import Document
@@ -167,6 +168,8 @@ def effects(
 ) -> Effects:  # fmt: skip
     """Switch off each part by itself, at one token of each context (section 4.5).
 
+    Several processes share what is switched off, and each has the whole result.
+
     Args:
         index: the token, of all contexts or of each.
         source: what there is to switch off, given the true activation.
@@ -189,7 +192,8 @@ def effects(
         l1, l2 = above.x.new_zeros(2, *parts.on.shape, WINDOW)
         for where, change in _changes(above, parts, at):
             l1[where], l2[where] = norms(change)
-        batches.append([some.cpu() for some in (l1, l2, parts.ids, parts.on & (l2[..., 0] != 0))])
+        l1, l2 = sum(together([torch.stack([l1, l2]).cpu()]))  # 0 where another process had it
+        batches.append([l1, l2, parts.ids.cpu(), parts.on.cpu() & (l2[..., 0] != 0)])
     l1, l2, ids, on = (  # batches may hold different numbers of parts
         pad_sequence([row for some in of_all for row in some], batch_first=True)[order.argsort()]
         for of_all in zip(*batches, strict=True)
@@ -202,12 +206,14 @@ def effects(
 def _changes(
     above: _Above, parts: Parts, at: Int[Tensor, "n"]
 ) -> Iterator[tuple[tuple[Tensor, Tensor], Float[Tensor, "rows window vocab"]]]:
-    """(which parts, changes of the logits) in pieces that fit into memory."""
+    """(which parts, changes of the logits) in pieces that fit into memory; this process's share of them."""
     at_once = max(1, LOGITS[at.device.type] // (WINDOW * above.model.cfg.d_vocab))
+    found = []
     for i in at[parts.on.any(1)].unique().tolist():
         n, m = (parts.on & (at == i)[:, None]).nonzero(as_tuple=True)
-        for where in zip(n.split(at_once), m.split(at_once), strict=True):
-            yield where, above.change(i, where[0], parts.vectors[where])
+        found += [(i, where) for where in zip(n.split(at_once), m.split(at_once), strict=True)]
+    for i, where in shared(found):
+        yield where, above.change(i, where[0], parts.vectors[where])
 
 
 def drawn(n: int, length: int, generator: torch.Generator, first: int = 0) -> Int[Tensor, "n"]:
@@ -265,6 +271,8 @@ class _Above:
             now["attention_mask"] = mask.expand(len(self.x), -1, -1, -1)[contexts, :, window, first : window.stop]
         if (positions := self.arguments.get("position_ids")) is not None:
             now["position_ids"] = positions[:, window]
+        if (rotary := self.arguments.get("position_embeddings")) is not None:  # cosines and sines, as Llama has them
+            now["position_embeddings"] = tuple(part[:, window] for part in rotary)
         return self.model.unembed(self.model.ln_final(self._run(residual, self.arguments | now)))
 
     def _run(self, residual: Tensor, arguments: dict) -> Tensor:
@@ -292,7 +300,8 @@ def attention_to(model, hook: str, tokens: Int[Tensor, "n pos"], index: int) -> 
     """What the later tokens of its window give a token of their attention: mean over heads, blocks above the hook."""
     layers = range(prefix(model, hook, tokens[:1]).start, len(model.blocks))
     names, found = [f"blocks.{layer}.attn.hook_pattern" for layer in layers], []
-    for part in tokens.split(max(1, SUB_BATCH[next(model.parameters()).device.type] // tokens.shape[1])):
+    tokens = tokens.to(model.cfg.device)
+    for part in tokens.split(max(1, SUB_BATCH[tokens.device.type] // tokens.shape[1])):
         with MODEL:
             cache = model.run_with_cache(part, names_filter=names, stop_at_layer=len(model.blocks))[1].cache_dict
         given = torch.stack([cache[name][:, :, index + 1 : index + WINDOW, index] for name in names])

@@ -18,12 +18,17 @@ from transformers import Cache
 from saelib import UserError, native
 from saelib.activations import MODEL, SUB_BATCH, layer_above
 from saelib.metrics import Estimate, NormalizedMse, in_unit_space, pieces
+from saelib.ranks import here, shared, together
 
 LOGITS = {"cpu": 2**20, "mps": 2**24, "cuda": 2**27}
 """Logits that are there together: few enough for the CPU's cache, enough to keep a GPU busy."""
 
 Variant = Callable[[Float[Tensor, "n pos d_model"]], Float[Tensor, "n pos d_model"]]
-"""What takes an activation's place: an SAE, the identity, an ablation."""
+"""What takes an activation's place: an SAE, the identity, an ablation.
+
+One that draws or counts from call to call has an attribute `skip` besides, to be called with the shape [n, pos] of
+contexts that another process takes.
+"""
 
 
 class Prefix(NamedTuple):
@@ -108,15 +113,19 @@ def downstream(
 ) -> tuple[Float[Tensor, "n pos-1"], dict[str, Downstream]]:
     """Cross-entropy of the untouched model, and what each replacement at the hook does (section 4.1).
 
-    All variants see the same tokens and share the run below the hook, so their differences are paired.
+    All variants see the same tokens and share the run below the hook, so their differences are paired. Several
+    processes share the contexts, and each has the whole result.
 
     Raises:
         UserError: see `prefix`; or a variant changes the shape, or gives values that are not finite.
     """
-    size = max(1, SUB_BATCH[next(model.parameters()).device.type] // tokens.shape[1])
+    each = -(-len(tokens) // here()[1])
+    size = max(1, min(each, SUB_BATCH[next(model.parameters()).device.type] // tokens.shape[1]))
     found: list[Float[Tensor, "measure run n pos"]] = []
     errors = {name: NormalizedMse() for name in variants}
-    for part in tqdm(tokens.split(size), desc=f"splicing at {hook}", unit="batch", leave=False):
+    skips = [variant.skip for variant in variants.values() if hasattr(variant, "skip")]
+    parts = tqdm(tokens.split(size), desc=f"splicing at {hook}", unit="batch", leave=False)
+    for part in shared(parts, lambda part: [skip(part.shape) for skip in skips]):
         below = prefix(model, hook, part)
         runs = [_last_norm(model, below, below.x)]
         for name, variant in variants.items():
@@ -124,7 +133,9 @@ def downstream(
             errors[name].add(*in_unit_space(below.x, x_hat))
             runs.append(_last_norm(model, below, x_hat))
         found.append(_compared(model, torch.stack(runs), below.tokens).cpu())
-    ce, kl, agree = torch.cat(found, dim=2)
+    for error in errors.values():
+        error.together()
+    ce, kl, agree = torch.cat(together(found), dim=2)
     rows = zip(errors.items(), ce[1:, :, :-1], kl[1:], agree[1:], strict=True)
     return ce[0, :, :-1], {name: Downstream(*row, error.result()) for (name, error), *row in rows}
 
@@ -207,4 +218,12 @@ def only(positions: slice, variant: Variant) -> Variant:
 def resample(sample: Float[Tensor, "m d_model"], seed: int) -> Variant:
     """Resample ablation: at every token the activation of another one, drawn from `sample`."""
     generator = torch.Generator().manual_seed(seed)
-    return lambda x: sample[torch.randint(len(sample), x.shape[:-1], generator=generator)].to(x)
+
+    def drawn(shape: torch.Size) -> Int[Tensor, "n pos"]:
+        return torch.randint(len(sample), shape, generator=generator)
+
+    def replaced(x: Float[Tensor, "n pos d_model"]) -> Float[Tensor, "n pos d_model"]:
+        return sample[drawn(x.shape[:-1])].to(x)
+
+    replaced.skip = drawn
+    return replaced

@@ -10,6 +10,7 @@ by. Directions are compared where they cost the model the same: at equal rise of
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -301,9 +302,12 @@ def typical(
     None where it is not finite.
     """
     random = np.random.default_rng(seed)
-    again = np.nanmedian(torch.stack([values(curves.again(random)) for _ in range(repeats)]), axis=1)
-    middle = float(np.nanmedian(values(curves)))
-    return Estimate(middle, float(again[np.isfinite(again)].std(ddof=1))) if math.isfinite(middle) else None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # nothing but NaN has no median: None
+        again = np.nanmedian(torch.stack([values(curves.again(random)) for _ in range(repeats)]), axis=1)
+        middle = float(np.nanmedian(values(curves)))
+    again = again[np.isfinite(again)]
+    return Estimate(middle, float(again.std(ddof=1))) if math.isfinite(middle) and len(again) > 1 else None
 
 
 def costs(curves: Curves, seed: int) -> list[Estimate]:

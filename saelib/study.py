@@ -21,7 +21,7 @@ from saelib.metrics import NormalizedMse, evaluate
 from saelib.profile import ROOT, Profile, Recipe, override
 from saelib.report import stored
 from saelib.sae import SAE
-from saelib.train import load_sae, start, where
+from saelib.train import load_sae, start, there
 
 MEASURES = {
     "normalized_mse": "mse", "l0": "l0", "dead_fraction": "dead", "refined_mse": "refined_mse",
@@ -84,13 +84,14 @@ def outliers(sae: SAE, x: Float[Tensor, "tokens d_model"]) -> float:
 def at_start(recipe: Recipe, x: Float[Tensor, "tokens d_model"], seed: int = 0) -> tuple[float, float]:
     """|mu| / |sigma|, and the share of latents that no token turns on, before the first step."""
     sae, _ = start(recipe, x.shape[1], seed, x)
+    sae = sae.to(x.device)
     return outliers(sae, x), evaluate(sae.eval(), [x[None]])["dead_fraction"]
 
 
 def at_hand(profile: Profile, names: Sequence[str], model) -> dict[str, SAE | None]:
-    """SAEs of the profile by name; None for one that it does not have, or that nobody has trained yet."""
-    there = [name for name in names if name in profile.saes and where(profile, name).exists()]
-    return {name: load_sae(profile, name, model) if name in there else None for name in names}
+    """SAEs of the profile by name, on the model's device; None for one that it does not have, or nobody has trained."""
+    found = [name for name in names if name in profile.saes and there(profile, name)]
+    return {name: load_sae(profile, name, model) if name in found else None for name in names}
 
 
 # --- the recipe and the sweep -----------------------------------------------------------------------------------------

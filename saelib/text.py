@@ -206,20 +206,23 @@ def _local(config: Local, split: str) -> list[Document]:
 
 
 def _hub_rows(config: HuggingFace, split: str, seed: int | None) -> Iterator[dict]:
+    """Rows of a data set: of what `saelib fetch` got of it, which is its beginning, or from the hub."""
     import datasets
 
+    from saelib.hub import copy_of
+
+    local, n = copy_of(config), config.evaluation_documents
+    place, revision = (local, None) if local else (config.name, config.revision)
     try:
-        rows = datasets.load_dataset(
-            config.name, config.config, split=config.hub_split, revision=config.revision, streaming=True
-        )
+        rows = datasets.load_dataset(place, config.config, split=config.hub_split, revision=revision, streaming=True)
+        if config.column not in (rows.column_names or [config.column]):
+            has = ", ".join(rows.column_names)
+            raise UserError(f"data set {config.name!r} has no column {config.column!r}; it has {has}")
+        rows = rows.skip(2 * n) if split == "train" else (rows if split == "validation" else rows.skip(n)).take(n)
+        yield from rows if seed is None else rows.shuffle(seed=seed, buffer_size=10_000)
     except (OSError, ValueError) as error:  # unreachable, unknown name, unknown configuration or split
-        raise UserError(f"cannot open data set {config.name!r}: {' '.join(str(error).split())}") from error
-    if config.column not in (rows.column_names or [config.column]):
-        has = ", ".join(rows.column_names)
-        raise UserError(f"data set {config.name!r} has no column {config.column!r}; it has {has}")
-    n = config.evaluation_documents
-    rows = rows.skip(2 * n) if split == "train" else (rows if split == "validation" else rows.skip(n)).take(n)
-    yield from rows if seed is None else rows.shuffle(seed=seed, buffer_size=10_000)
+        problem = f"cannot open data set {config.name!r}: {' '.join(str(error).split())}"
+        raise UserError(f"{problem}; `saelib fetch` gets what a profile reads of it") from error
 
 
 # --- one interface ----------------------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """Train sparse autoencoders: the paper's recipe (`saelib.profile.Recipe`) as one loop.
 
-Batch number i and every random choice follow from the seed, and the state that is saved holds everything else. So a run
-that was killed at any moment, and started again, ends on a CPU with the same bits as one that was not.
+Batch number i and every random choice follow from the seed and the number of processes, and the state that is saved
+holds everything else. So a run that was killed at any moment, and started again, ends on a CPU with the same bits as
+one that was not. Started again with another number of processes it goes on, too, with other batches from then on.
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ import hashlib
 import json
 import math
 import os
+import re
 import time
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import torch
-import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
@@ -35,6 +37,8 @@ LOG_EVERY = 50
 """Steps that one line of the log sums up."""
 SAVE_EVERY = 10 * LOG_EVERY
 """Steps between saved states."""
+UNSHARED = {"pre_bias", "threshold"}
+"""What every shard of an SAE has whole; of the rest it has the part that belongs to its latents."""
 
 
 class Source(Protocol):
@@ -44,8 +48,13 @@ class Source(Protocol):
     identity: str
     """Changes when the activations would."""
 
-    def batches(self, batch: int, seed: int, start: int = 0) -> Iterator[Float[Tensor, "batch d_model"]]:
-        """Endless; number i is a function of (seed, i) alone, and `start` comes first."""
+    def batches(
+        self, batch: int, seed: int, start: int = 0, rank: int = 0, size: int = 1
+    ) -> Iterator[Float[Tensor, "part d_model"]]:
+        """Endless: of each batch the part, batch / size rows, of process `rank` of `size`; number `start` comes first.
+
+        Number i is a function of (seed, i, rank, size) alone.
+        """
 
     def sample(self, n: int, seed: int) -> Float[Tensor, "n d_model"]: ...
 
@@ -108,7 +117,8 @@ class Trainer:
         whole, self.constant = start(recipe, d_model, seed, sample)
         self.sae = part_of(whole, self.world).to(sample.device).train()
         self.sparse = Sparse(self.sae, recipe, self.constant, self.world) if self.sae.sparse else None
-        self.trained = [p for name, p in self.sae.named_parameters() if not (recipe.tied and name == "W_enc")]
+        named = {name: p for name, p in self.sae.named_parameters() if not (recipe.tied and name == "W_enc")}
+        self.names, self.trained = list(named), list(named.values())
         self.moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in self.trained]
         self.average = [torch.zeros_like(p) for p in self.trained]
         self.since_fired = torch.zeros(self.sae.n_latents, dtype=torch.int64, device=sample.device)
@@ -163,9 +173,8 @@ class Trainer:
     @torch.no_grad()
     def averaged(self) -> SAE:
         """The SAE to keep, gathered from all shards: bias-corrected average of the weights, decoder rows of norm 1."""
-        names = [name for name, p in self.sae.named_parameters() if any(p is trained for trained in self.trained)]
         values, share = (self.average, 1 - self.recipe.ema**self.n_steps) if self.n_steps else (self.trained, 1.0)
-        averages = dict(zip(names, values, strict=True))
+        averages = dict(zip(self.names, values, strict=True))
         averages.setdefault("W_enc", averages["W_dec"])  # tied
         sae = whole_of(self.sae, averages, share, self.world)
         if self.recipe.unit_norm:
@@ -180,34 +189,34 @@ class Trainer:
         return not self.world.over_latents(bad)
 
     def state(self) -> dict:
-        """Everything that the rest of the run depends on."""
+        """Everything that the rest of the run depends on, of this shard."""
         return {
             "steps": self.n_steps, "constant": self.constant, "sae": self.sae.state_dict(),
             "moments": self.moments, "average": self.average, "since_fired": self.since_fired,
         }  # fmt: skip
 
-    def restore(self, state: dict) -> None:
-        self.n_steps, self.constant = state["steps"], state["constant"]
-        self.sae.load_state_dict(state["sae"])
-        self.moments, self.average, self.since_fired = state["moments"], state["average"], state["since_fired"]
+    def restore(self, states: Sequence[dict]) -> None:
+        """Go on from the states of all shards of a run, in order, however many shards there are now."""
+        n, device = self.sae.n_latents, self.since_fired.device
+
+        def own(name: str, parts: Sequence) -> Tensor | tuple[Tensor, ...]:
+            if isinstance(parts[0], tuple):
+                return tuple(own(name, some) for some in zip(*parts, strict=True))
+            value = parts[0] if name in UNSHARED else torch.cat(list(parts))[self.world.shard * n :][:n]
+            return value.to(device, copy=True)
+
+        def trained(key: str) -> list:
+            every = zip(*(state[key] for state in states), strict=True)
+            return [own(name, parts) for name, parts in zip(self.names, every, strict=True)]
+
+        self.n_steps, self.constant = states[0]["steps"], states[0]["constant"]
+        saes = [state["sae"] for state in states]
+        self.sae.load_state_dict({name: own(name, [sae[name] for sae in saes]) for name in saes[0]})
+        self.moments, self.average = trained("moments"), trained("average")
+        self.since_fired = own("since_fired", [state["since_fired"] for state in states])
 
 
 # --- several processes ------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def processes() -> Iterator[None]:
-    """Join the other processes that torchrun started; alone, do nothing."""
-    if "RANK" not in os.environ:
-        yield
-        return
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
 
 
 @torch.no_grad()
@@ -223,7 +232,7 @@ def part_of(whole: SAE, world: World) -> SAE:
     part = SAE(n, whole.d_model, whole.k, latent_bias=whole.latent_bias is not None, normalize=whole.normalize)
     for name, parameter in part.named_parameters():
         value = getattr(whole, name)
-        parameter.copy_(value if name == "pre_bias" else value[world.shard * n :][:n])
+        parameter.copy_(value if name in UNSHARED else value[world.shard * n :][:n])
     return part
 
 
@@ -235,7 +244,7 @@ def whole_of(part: SAE, values: dict[str, Tensor], divisor: float, world: World)
         architecture=part.architecture, latent_bias=part.latent_bias is not None, normalize=part.normalize,
     ).to(part.W_dec.device)  # fmt: skip
     for name, value in values.items():
-        parts = [value] if name == "pre_bias" else world.gather(value)
+        parts = [value] if name in UNSHARED else world.gather(value)
         getattr(whole, name).copy_(torch.cat(parts) / divisor)
     for name, value in part.named_buffers():
         getattr(whole, name).copy_(value)
@@ -252,32 +261,36 @@ def where(profile: Profile, name: str) -> Path:
     return ROOT / shipped if shipped and (ROOT / shipped).exists() else trained
 
 
+def there(profile: Profile, name: str) -> bool:
+    """Whether somebody has put it there; a training run that has not ended yet leaves no `.json`."""
+    path = where(profile, name)
+    return path.is_file() or any(path.glob("*.json"))
+
+
 def load_sae(profile: Profile, name: str, model=None) -> SAE:
-    """An SAE of the profile; with `model`, checked against it. Raises UserError: no such SAE, or not trained yet."""
+    """An SAE of the profile; with `model`, checked against it and on its device.
+
+    Raises:
+        UserError: no such SAE, or not trained yet.
+    """
     from saelib.formats import load
 
     path = where(profile, name)
-    if not path.exists():
-        raise UserError(f"SAE {name!r} of {profile.name!r} is not there: saelib train {name} --profile {profile.name}")
-    return load(path, model)
+    if not there(profile, name):
+        cure = "fetch" if profile.saes[name].openai else f"train {name}"
+        raise UserError(f"SAE {name!r} of {profile.name!r} is not there: saelib {cure} --profile {profile.name}")
+    return load(path, model).to("cpu" if model is None else model.cfg.device)
 
 
 def source_of(profile: Profile, model) -> Source:
     """Training activations of a model, from the cache if the profile asks for one."""
     from saelib.activations import Cached, Streamed
 
-    if not profile.activations.cache:
-        return Streamed(profile, model)
-    world = World()
-    if world.rank > 0:  # the first process harvests, the others read
-        world.barrier()
-    source = Cached(profile, model, tokens=profile.activations.limit)
-    if world.rank == 0:
-        world.barrier()
-    return source
+    asked = profile.activations
+    return Cached(profile, model, tokens=asked.limit) if asked.cache else Streamed(profile, model)
 
 
-def train(profile: Profile, name: str, out: Path, **how) -> SAE:
+def train(profile: Profile, name: str, out: Path, shards: int = 1, **how) -> SAE:
     """Train one of the profile's SAEs by `fit`, and leave it in `out` (our format, float16) with its log.
 
     Its facts say which model, text and recipe it comes from, and how well it does on the validation text.
@@ -292,9 +305,8 @@ def train(profile: Profile, name: str, out: Path, **how) -> SAE:
     if entry.checkpoint is not None and entry.checkpoint not in steps:
         raise UserError(f"no checkpoint of step {entry.checkpoint}; there are {', '.join(map(str, steps))}")
     model = load_model(profile, None if entry.checkpoint is None else steps[entry.checkpoint])
-    source = source_of(profile, model)
-    sae, log = fit(source, recipe, entry.seed, out=out, **how)
-    held_out = contexts(profile, load_tokenizer(profile), "validation", VALIDATION)
+    held_out = contexts(profile, load_tokenizer(profile), "validation", VALIDATION)  # if too few, say so before hours
+    sae, log = fit(source_of(profile, model), recipe, entry.seed, out=out, shards=shards, **how)
     facts = {
         "name": name, "model": profile.model.name, "checkpoint": entry.checkpoint, "fingerprint": fingerprint(model),
         "hook": profile.hook, "context_length": profile.context_length, "prepend_bos": profile.prepend_bos,
@@ -313,7 +325,7 @@ def train(profile: Profile, name: str, out: Path, **how) -> SAE:
 
 def fit(
     source: Source, recipe: Recipe, seed: int = 0, *, out: Path | None = None, resume: bool = False,
-    tensorboard: bool = False, shards: int = 1,
+    tensorboard: bool = False, shards: int | None = None,
 ) -> tuple[SAE, list[dict]]:  # fmt: skip
     """Train one SAE. Returns it (the averaged weights) with its log, one line for every `LOG_EVERY` steps.
 
@@ -322,7 +334,8 @@ def fit(
         out: folder for `log.jsonl` and the states that a run resumes from; None keeps everything in memory.
         resume: go on with the run in `out`, where there is one.
         tensorboard: write the log there too, to `out/tensorboard`.
-        shards: processes that share the latents, of those that torchrun started; the others share out the tokens.
+        shards: processes that share the latents, of those that torchrun started, whose groups share out the tokens;
+            None: this process trains by itself.
 
     Raises:
         UserError: `out` holds an SAE, another run, or one not to be resumed; a loss or weights are not finite.
@@ -330,23 +343,22 @@ def fit(
     if out is not None:
         _refuse_taken(out, resume)
     world = World(shards)
-    if recipe.batch % world.parts:
-        raise UserError(f"a batch of {recipe.batch} tokens cannot be shared out over {world.parts} processes")
+    if recipe.batch % world.size:
+        raise UserError(f"a batch of {recipe.batch} tokens cannot be shared out over {world.size} processes")
     trainer = Trainer(recipe, source.d_model, seed, source.sample(SAMPLE, seed), world)
-    whole = f"{recipe.model_dump_json()} {seed} {source.identity} {world.size} {world.shards}"
-    identity = hashlib.sha256(whole.encode()).hexdigest()[:16]
-    record = Record(out, identity, trainer, tensorboard)
+    made = {"recipe": recipe.model_dump(mode="json"), "seed": seed, "data": source.identity}
+    record = Record(out, made, trainer, tensorboard)
     if resume:
         record.resume()
     record.begin()
-    share = recipe.batch // world.parts
     shown = {"disable": True} if world.rank else {}  # left alone, $TQDM_DISABLE decides
     with (
-        contextlib.closing(source.batches(recipe.batch, seed, trainer.n_steps)) as batches,
+        contextlib.closing(source.batches(recipe.batch, seed, trainer.n_steps, world.rank, world.size)) as batches,
         tqdm(total=recipe.steps, initial=trainer.n_steps, unit="step", mininterval=1, **shown) as bar,
     ):
         while trainer.n_steps < recipe.steps:
-            terms = trainer.step(next(batches)[world.part * share :][:share])
+            x = next(batches)
+            terms = trainer.step(torch.cat(world.gather(x)) if world.shards > 1 else x)
             record.add(terms, bar)
     return trainer.averaged(), record.lines
 
@@ -363,8 +375,8 @@ def _refuse_taken(out: Path, resume: bool) -> None:
 class Record:
     """The log of a run, and the states it can be resumed from."""
 
-    def __init__(self, out: Path | None, identity: str, trainer: Trainer, tensorboard: bool):
-        self.out, self.identity, self.trainer = out, identity, trainer
+    def __init__(self, out: Path | None, made: dict, trainer: Trainer, tensorboard: bool):
+        self.out, self.made, self.trainer = out, made, trainer
         self.lines: list[dict] = []
         self.seconds, self.since = 0.0, time.perf_counter()
         self.sums = {"loss": 0.0, "mse": 0.0, "aux": 0.0, "l0": 0.0}
@@ -389,8 +401,8 @@ class Record:
     def _insist(self, what: str, finite: bool) -> None:
         if finite:
             return
-        steps, now, rate = self.unfinished(), self.trainer.n_steps, self.trainer.recipe.rate
-        last = f"the last good state is {self._path(steps[-1], 0)}" if steps else "no state was saved before it"
+        saved, now, rate = self.saved(), self.trainer.n_steps, self.trainer.recipe.rate
+        last = f"the last good state is {saved[-1][0]}" if saved else "no state was saved before it"
         cure = f"lower recipe.lr (now {rate:.2g}), or set recipe.clip=1"
         raise UserError(f"{what} not finite at step {now} (batch {now - 1}); {last}: {cure}")
 
@@ -417,58 +429,74 @@ class Record:
                 log.write(json.dumps(line) + "\n")
 
     def _save(self) -> None:
-        """One state per process. Older ones go when all have written theirs: a kill leaves one that is whole."""
+        """One state per shard. Older ones go when all shards have written theirs: a kill leaves one that is whole."""
         if self.out is None:
             return
-        world, step = self.trainer.world, self.trainer.n_steps
-        path = self._path(step, world.rank)
-        state = {"identity": self.identity, "lines": self.lines, "seconds": self.seconds, **self.trainer.state()}
-        partial = path.with_suffix(f".{os.getpid()}.partial")
-        torch.save(state, partial)
-        partial.replace(path)
+        world = self.trainer.world
+        name = f"state-{self.trainer.n_steps:08d}-{{}}of{world.shards}.pt"
+        if world.part == 0:  # the other groups have the same
+            state = {"made": self.made, "lines": self.lines, "seconds": self.seconds, **self.trainer.state()}
+            path = self.out / name.format(world.shard)
+            partial = path.with_suffix(f".{os.getpid()}.partial")
+            torch.save(state, partial)
+            partial.replace(path)
         world.barrier()
-        for old in self.out.glob(f"state-*-{world.rank}of{world.size}.pt"):
-            if old != path:
-                old.unlink()
+        self._forget([self.out / name.format(shard) for shard in range(world.shards)])
 
-    def _path(self, step: int, rank: int) -> Path:
-        return self.out / f"state-{step:08d}-{rank}of{self.trainer.world.size}.pt"
+    def _forget(self, kept: Sequence[Path]) -> None:
+        """Remove all other states."""
+        for path in set(self.out.glob("state-*.pt")) - set(kept) if self.first else ():
+            path.unlink()
 
-    def unfinished(self) -> list[int]:
-        """Steps of which every process has saved its state."""
-        if self.out is None:
-            return []
-        size = self.trainer.world.size
-        found = (self.out.glob(f"state-*-{rank}of{size}.pt") for rank in range(size))
-        return sorted(set.intersection(*({int(path.name[6:14]) for path in paths} for paths in found)))
+    def saved(self) -> list[list[Path]]:
+        """States that are whole, in the order of steps: the files of all shards."""
+        found: dict[tuple[int, int], dict[int, Path]] = defaultdict(dict)
+        for path in self.out.glob("state-*.pt") if self.out else ():
+            step, shard, shards = map(int, re.fullmatch(r"state-(\d+)-(\d+)of(\d+)", path.stem).groups())
+            found[step, shards][shard] = path
+        return [[of[shard] for shard in sorted(of)] for (_, shards), of in sorted(found.items()) if len(of) == shards]
 
     def resume(self) -> None:
         """Load the newest state, if there is one."""
-        steps = self.unfinished()
-        if not steps and self.out is not None and any(self.out.glob("state-*.pt")):
-            raise UserError(f"{self.out} was made with another number of processes: use as many, or another --out")
-        if not steps:
-            return
-        path = self._path(steps[-1], self.trainer.world.rank)
-        try:
-            state = torch.load(path, weights_only=True, map_location=self.trainer.since_fired.device)
-        except Exception as error:  # whatever a damaged file provokes
-            raise UserError(f"{path} is damaged: remove it, and start again") from error
-        if state["identity"] != self.identity:
-            other = "another recipe, seed, data or number of processes"
-            raise UserError(f"{self.out} was made with {other}: choose another --out, or remove it")
-        self.lines, self.seconds = state["lines"], state["seconds"]
-        self.trainer.restore(state)
+        states = []
+        for path in self.saved()[-1] if self.saved() else ():
+            try:
+                states.append(torch.load(path, weights_only=True, map_location="cpu", mmap=True))
+            except Exception as error:  # whatever a damaged file provokes
+                raise UserError(f"{path} is damaged: remove it, and start again") from error
+        if states:
+            if others := _others(states[0], self.made):
+                raise UserError(f"{self.out} was made with another {others}: choose another --out, or remove it")
+            self.lines, self.seconds = states[0]["lines"], states[0]["seconds"]
+            self.trainer.restore(states)
 
     def begin(self) -> None:
         """Forget what a killed run left behind: lines logged after its last state, and files it had not finished."""
         if self.out is None or not self.first:
             return
+        self._forget(next(reversed(self.saved()), []))
         for partial in self.out.glob("*.partial"):
             partial.unlink()
         partial = self.out / "log.partial"
         partial.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
         partial.replace(self.out / "log.jsonl")
+
+
+def _others(state: dict, made: dict) -> str:
+    """What a state was made with and this run is not, in words; empty where they agree."""
+    recipe = Recipe(**made["recipe"])
+    if "made" not in state:  # by one process of an earlier version, which kept a hash, and knew of no precision
+        known = recipe.model_dump_json(exclude={"precision"} if recipe.precision == "float32" else None)
+        whole = f"{known} {made['seed']} {made['data']} 1 1"
+        same = state["identity"] == hashlib.sha256(whole.encode()).hexdigest()[:16]
+        return "" if same else "recipe, seed, data or number of processes"
+    then, now = (
+        {"data": one["data"], "seed": one["seed"]}
+        | {f"recipe.{key}": value for key, value in Recipe(**one["recipe"]).model_dump(mode="json").items()}
+        for one in (state["made"], made)
+    )
+    differ = [key for key in now if then[key] != now[key]]
+    return ", ".join("data" if key == "data" else f"{key} ({then[key]}, now {now[key]})" for key in differ)
 
 
 def _board(out: Path | None):

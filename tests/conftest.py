@@ -14,6 +14,20 @@ from saelib.models import load_model
 from saelib.profile import BUILD, load_profile, override
 
 
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="Also run what takes minutes (marked `long`).")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "long: takes minutes; skipped unless --slow is given")
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if item.get_closest_marker("long") and not config.getoption("--slow"):
+            item.add_marker(pytest.mark.skip(reason="takes minutes: pytest --slow"))
+
+
 @pytest.fixture(scope="session")
 def site() -> Path:
     """Folder of the HTML, built once in a session from the committed outputs alone. Any warning makes that fail."""

@@ -382,6 +382,18 @@ def test_publish_refuses(checkout, monkeypatch):
     refused("no chapter was run")
 
 
+def test_a_rehearsal_is_neither_shown_nor_published(checkout, monkeypatch):
+    _last_run_is(monkeypatch, "done")
+    file = checkout / "_build" / "results" / "docstring-gpt" / "01_noun.json"
+    content = json.loads(file.read_text())
+    content["provenance"]["rehearsal"] = True
+    file.write_text(json.dumps(content))
+    for refuse in (book.publish, book.stage):
+        with pytest.raises(UserError, match="01_noun of docstring-gpt: only rehearsed against a local hub"):
+            refuse("docstring-gpt")
+    assert not (checkout / "results").exists()
+
+
 def _last_run_is(monkeypatch, state: str) -> None:
     from saelib import runner
 

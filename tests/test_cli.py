@@ -11,7 +11,7 @@ def call(*arguments):
     return CliRunner().invoke(cli.main, arguments)
 
 
-@pytest.mark.parametrize("command", ["", "run", "pretrain", "train", "export", "import", "book", "publish"])
+@pytest.mark.parametrize("command", ["", "run", "sweep", "pretrain", "train", "export", "import", "book", "publish"])
 def test_help_teaches_by_example(command):
     shown = call(*command.split(), "--help")
     assert shown.exit_code == 0

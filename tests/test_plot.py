@@ -476,6 +476,14 @@ def test_probe_tasks_are_in_order_of_the_first_list(ax):
     assert [list(line.get_xdata()) for line in ax.lines[1:]] == [[0.2, 0.8], [0.7, 0.9], [0.1, 0.5]]
 
 
+def test_probe_tasks_that_were_not_run_say_so(ax):
+    plot.probe_tasks(ax, ["URL", "number"], {"latent": [0.8, 0.2], "a": None, "b": None, "c": None}, ["German"])
+    assert [tick.get_text() for tick in ax.get_yticklabels()] == ["number", "URL", "German"]
+    assert [text.get_position()[1] for text in ax.texts if text.get_text() == "not run"] == [2]
+    plot.probe_tasks(none := plt.subplots()[1], [], dict.fromkeys("abcd"), ["German"])
+    assert "not run" in words(none)
+
+
 def test_probe_sweep_has_a_line_per_k_and_one_along_the_run():
     rows = [(n, k, 0, 9, 1 / n, 0.01, True, k == 4) for n in (128, 256) for k in (4, 8)]
     rows += [(256, 8, 0, 3, 0.9, 0.01, False, False)]
@@ -486,5 +494,6 @@ def test_probe_sweep_has_a_line_per_k_and_one_along_the_run():
     plot.probe_sweep(axes, table)
     assert [list(line.get_xdata()) for line in axes[0].lines] == [[128, 256], [256]]
     assert list(axes[1].lines[0].get_ydata()) == [0.9, 1 / 256] and "k = 8" in words(axes[0])
+    assert axes[1].get_ylim()[0] < 1 / 256 - 2 * 0.01
     plot.probe_sweep(axes := plt.subplots(1, 2)[1], table.iloc[:0])
     assert "not run" in words(axes[0])

@@ -254,6 +254,22 @@ def test_a_data_set_with_labels(tmp_path, tokenizer):
         probes.labelled(profile, tokenizer, entry | {"name": str(tmp_path / "none")}, 4, 4, seed=0)
 
 
+def test_a_data_set_that_cannot_be_had_is_left_out_with_a_warning(tmp_path, tokenizer, monkeypatch):
+    texts, profile = corpus(), override(load_profile("gpt2-small"), {"context_length": 8, "prepend_bos": True})
+    (tmp_path / "there").mkdir()
+    frame = pd.DataFrame({"content": texts, "label": [int("good" in text) for text in texts]})
+    frame.to_parquet(tmp_path / "there" / "train.parquet")
+    gone, there = (
+        {"name": str(tmp_path / name), "text": "content", "label": "label", "tasks": {name: 1}}
+        for name in ("gone", "there")
+    )
+    monkeypatch.setattr(probes, "HUB", [gone, there])
+    with pytest.warns(UserWarning, match="cannot read data set .*gone"):
+        found = probes.sources(profile, tokenizer, 200, 100, seed=0)
+    assert [source.tasks for source in found] == [["there"]] and probes.asked(profile) == ["gone", "there"]
+    assert "URL" in probes.asked(load_profile("docstring-gpt"))
+
+
 def test_windows_of_local_text(tmp_path, tokenizer):
     """Windows are whole, come from anywhere in their document, and know what stands around them."""
     documents = [Document(" ".join("xyz"[(i + j) % 3] for j in range(5 + i)), "p", "n", "text") for i in range(40)]

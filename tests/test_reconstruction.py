@@ -162,6 +162,7 @@ def test_the_implied_length_is_the_planted_one(noise):
     found = rec.with_giant(*noise, times=30, exact=0.0)
     honest = rec.Ruler([noise[0]], first=1).measure(noise[1], rec.JOURNAL).value
     assert rec.implied_ratio(honest, found[rec.JOURNAL].value, 64) == pytest.approx(30, rel=0.01)
+    assert rec.implied_ratio(honest, 1.1 * honest, 64) is None, "no giant makes an error larger"
 
 
 # --- where the error sits ---------------------------------------------------------------------------------------------

@@ -99,6 +99,16 @@ def test_provenance_says_what_ran_and_not_who_ran_it_where(profile, folder):
         assert private not in text
 
 
+@pytest.mark.parametrize(
+    ("endpoint", "marked"),
+    [("http://127.0.0.1:8080", True), ("http://localhost/x", True), ("https://mirror.example", False), ("", False)],
+)  # fmt: skip
+def test_numbers_from_a_hub_on_this_machine_are_a_rehearsal(profile, folder, monkeypatch, endpoint, marked):
+    monkeypatch.setenv("HF_ENDPOINT", endpoint)
+    Report("01_toy", profile).publish("x", 1.0)
+    assert json.loads((folder / "01_toy.json").read_text())["provenance"].get("rehearsal", False) is marked
+
+
 def test_the_commit_is_of_this_checkout_or_null(tmp_path, monkeypatch):
     def git(*arguments):
         subprocess.run(["git", "-c", "user.name=n", "-c", "user.email=e@e", *arguments], cwd=tmp_path, check=True)

@@ -326,6 +326,16 @@ def test_a_fresh_run_with_other_parameters_does_not_count(checkout, tmp_path):
     assert find(n_contexts=3200) == old, "what is published counts, whatever it was made with"
 
 
+def test_a_rehearsal_never_counts(checkout, tmp_path):
+    fresh = checkout("fresh", "02_reconstruction")
+    content = json.loads(fresh.read_text())
+    content["provenance"]["rehearsal"] = True
+    fresh.write_text(json.dumps(content))
+    assert result_file("docstring-gpt", "02_reconstruction", tmp_path / "fresh") is None
+    old = checkout("results/docstring-gpt", "02_reconstruction")
+    assert result_file("docstring-gpt", "02_reconstruction", tmp_path / "fresh") == old
+
+
 def test_a_check_reads_what_is_published(monkeypatch):
     profile = load_profile("docstring-gpt")
     monkeypatch.setenv("SAELIB_RESULTS", "_build/check/docstring-gpt")

@@ -40,10 +40,10 @@ class Planted:
         z = torch.zeros(n, len(self.features)).scatter(1, which, size)
         return z @ self.features + 0.01 * torch.randn(n, self.d_model, generator=generator)
 
-    def batches(self, batch, seed, start=0):
+    def batches(self, batch, seed, start=0, rank=0, size=1):
         while True:
             time.sleep(self.pause)
-            yield self.sample(batch, 1_000_003 * (seed + 1) + start)
+            yield self.sample(batch, 1_000_003 * (seed + 1) + start).chunk(size)[rank]
             start += 1
 
 
@@ -341,7 +341,7 @@ LONG = small(tokens=32 * 60, dead_after=64, latent_bias=True)
 
 def children(target, *arguments, number=1):
     """Processes that run target(rank, *arguments), started."""
-    CONTEXT.set_forkserver_preload(["saelib.train", "saelib.activations"])  # each imports in seconds
+    CONTEXT.set_forkserver_preload(["saelib.train", "saelib.sparsity", "saelib.runner"])  # each imports in seconds
     found = [CONTEXT.Process(target=target, args=(rank, *arguments)) for rank in range(number)]
     for process in found:
         process.start()
@@ -376,8 +376,8 @@ def at_batch(source, number):
     """Die when batch `number` is asked for."""
     batches = source.batches
 
-    def counted(batch, seed, start=0):
-        for i, x in enumerate(batches(batch, seed, start), start):
+    def counted(batch, seed, start=0, *place):
+        for i, x in enumerate(batches(batch, seed, start, *place), start):
             if i == number:
                 die()
             yield x
@@ -421,7 +421,7 @@ def outcome(out):
 def assert_same(found, expected):
     assert found[1] == expected[1]
     assert found[0].keys() == expected[0].keys()
-    for key in ("steps", "constant", "identity"):
+    for key in ("steps", "constant", "made"):
         assert found[0][key] == expected[0][key]
     for key in ("sae", "moments", "average", "since_fired"):
         for one, other in zip(flat(found[0][key]), flat(expected[0][key]), strict=True):
@@ -490,13 +490,14 @@ def test_a_run_in_a_folder_with_a_run_is_refused(often, tmp_path):
     before = (tmp_path / "log.jsonl").read_text()
     with pytest.raises(UserError, match="holds a run already: go on with --resume, choose another --out"):
         fit(SOURCE, recipe, out=tmp_path)
-    for other, seed, source in (
-        (small(tokens=32 * 4, lr=2e-3), 0, SOURCE),
-        (recipe, 1, SOURCE),
-        (recipe, 0, Planted(12, 24, seed=1)),
-    ):
-        with pytest.raises(UserError, match="another recipe, seed, data or number of processes: choose another --out"):
-            fit(source, other, seed, out=tmp_path, resume=True)
+    longer, other = small(tokens=32 * 6), small(tokens=32 * 4, lr=2e-3)
+    for arguments, words in {
+        (SOURCE, other, 0): r"another recipe.lr \(0.001, now 0.002\): choose another --out",
+        (SOURCE, longer, 1): r"another seed \(0, now 1\), recipe.tokens \(128, now 192\): choose",
+        (Planted(12, 24, seed=1), recipe, 0): "another data: choose another --out",
+    }.items():
+        with pytest.raises(UserError, match=words):
+            fit(*arguments, out=tmp_path, resume=True)
     assert (tmp_path / "log.jsonl").read_text() == before
 
 
@@ -522,8 +523,8 @@ def test_a_damaged_state_is_refused_by_name(damage, often, tmp_path):
 class Broken(Planted):
     """NaN in batch 7."""
 
-    def batches(self, batch, seed, start=0):
-        for i, x in enumerate(super().batches(batch, seed, start), start):
+    def batches(self, batch, seed, start=0, *place):
+        for i, x in enumerate(super().batches(batch, seed, start, *place), start):
             yield x * torch.nan if i == 7 else x
 
 
@@ -635,8 +636,8 @@ def gradients(trainer, x):
 class Stops(Planted):
     """The machine goes down at batch 5."""
 
-    def batches(self, batch, seed, start=0):
-        for i, x in enumerate(super().batches(batch, seed, start), start):
+    def batches(self, batch, seed, start=0, *place):
+        for i, x in enumerate(super().batches(batch, seed, start, *place), start):
             if i == 5:
                 raise KeyboardInterrupt
             yield x
