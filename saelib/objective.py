@@ -218,11 +218,12 @@ class Sparse:
         """
         per_spread = _per_spread(error if weight is None else error * weight.sqrt(), self.world.over_tokens)
         W_dec, squares = self.sae.W_dec[dead], error.new_zeros(())
+        buried = encoder.rows(dead) if z is None else None
+        factor = 2 * self.recipe.aux_coefficient * per_spread
         for rows in ops.tiles(len(error), self.sae.n_latents):
-            some = ops.largest(centred[rows], encoder, dead, k) if z is None else z
+            largest = ops.largest(buried(centred[rows]), k) if z is None else z
             part = None if weight is None else weight[rows]
-            factor = 2 * self.recipe.aux_coefficient * per_spread
-            squares += self._auxiliary_tile(some, centred[rows], error[rows], W_dec, dead, k, part, factor)
+            squares += self._auxiliary_tile(largest, centred[rows], error[rows], W_dec, dead, k, part, factor)
         return self.world.over_tokens(squares) * per_spread
 
     def _auxiliary_tile(

@@ -63,10 +63,10 @@ def topk_and_largest(
     found = native.topk(x, k, columns, most)
     if found is not None:
         return found
-    return *topk(x, k), _largest(x.index_select(1, columns), most)
+    return *topk(x, k), largest(x.index_select(1, columns), most)
 
 
-def _largest(x: Float[Tensor, "rows m"], most: int) -> Float[Tensor, "rows m"]:
+def largest(x: Float[Tensor, "rows m"], most: int) -> Float[Tensor, "rows m"]:
     """All but the `most` largest positive values of each row set to 0."""
     values, indices = x.relu_().topk(min(most, x.shape[1]))
     return torch.zeros_like(x).scatter_(1, indices, values)
@@ -109,7 +109,7 @@ def encode(
 ) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"], Float[Tensor, "batch m"] | None]:
     """`topk_and_largest` of the pre-activations, never holding more than `PRODUCT` of them.
 
-    Where they are not all held at once, the columns are not looked at: None stands for them, and `largest` finds them.
+    Where they are not all held at once, the columns are not looked at: None stands for them.
     """
     parts = tiles(len(x), len(encoder.weight))
     if kernels_triton.usable(x, encoder.weight) and (
@@ -123,11 +123,6 @@ def encode(
         return topk_and_largest(encoder(x), k, columns, most)
     found = [topk(encoder(x[part]), k) for part in parts]
     return *(torch.cat(kind) for kind in zip(*found, strict=True)), None
-
-
-def largest(x: Float[Tensor, "rows d_model"], encoder: Encoder, columns: Int[Tensor, "m"], most: int) -> Tensor:
-    """What `encode` leaves out: Float[Tensor, "rows m"]."""
-    return _largest(encoder.rows(columns)(x), most)
 
 
 def decode(
