@@ -107,9 +107,18 @@ def page(result: dict) -> str:
                 rows.append([label, row["title"], row["failed"], "", ""])
                 continue
             speed = f"{row['tokens_s']:,.0f} ({row['least']:,.0f}–{row['most']:,.0f})"
-            rows.append([label, row["title"], speed, f"{row['peak_mb']:,.0f}", f"{row['share_of_floor']:.0%}"])
+            share = f"{row['share_of_floor']:.0%}" if "share_of_floor" in row else ""
+            rows.append([label, row["title"], speed, f"{row['peak_mb']:,.0f}", share])
     title = "# Plumbing only, not a measurement" if result["plumbing"] else f"# {result['hardware']['gpu']}"
-    return "\n\n".join([title, table(head, rows), f"End to end: {result['end_to_end'].get('facts', 'failed')}"]) + "\n"
+    overlapped = result.get("end_to_end", {"facts": "not yet"}).get("facts", "failed")
+    return "\n\n".join([title, table(head, rows), f"End to end: {overlapped}"]) + "\n"
+
+
+def keep(result: dict, folder: Path) -> None:
+    """Write what there is; so a run that is cut off leaves all configurations that it finished."""
+    name = f"gpu-{'plumbing' if result['plumbing'] else slug(result['hardware']['gpu'])}"
+    write(folder / f"{name}.json", json.dumps(result, indent=1) + "\n")
+    write(folder / f"{name}.md", page(result))
 
 
 def arguments() -> argparse.Namespace:
@@ -142,10 +151,9 @@ def main() -> None:
     for case in cases:
         label = f"n {case['n']}, batch {case['batch']}"
         result["configurations"][label] = configuration(label, base | case, args, args.out)
+        keep(result, args.out)
     result["end_to_end"] = together(base, args, args.out)
-    name = f"gpu-{'plumbing' if args.quick else slug(result['hardware']['gpu'])}"
-    write(args.out / f"{name}.json", json.dumps(result, indent=1) + "\n")
-    write(args.out / f"{name}.md", page(result))
+    keep(result, args.out)
     print(page(result))
 
 

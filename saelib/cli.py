@@ -270,20 +270,11 @@ def import_(source: Path, target: Path) -> None:
     metavar="GB",
     help="Plan for a GPU of this memory, not for the device here.",
 )
-@click.option(
-    "--flops", type=click.FloatRange(min=0, min_open=True), metavar="TFLOP/S", help="Its speed on float32 products."
-)
-@click.option(
-    "--bandwidth", type=click.FloatRange(min=0, min_open=True), metavar="GB/S", help="The speed of its memory."
-)
-def plan(
-    chapters: tuple[str, ...], profile: str, pairs: tuple[str, ...], device_memory: float | None, flops: float | None,
-    bandwidth: float | None,
-) -> None:  # fmt: skip
+def plan(chapters: tuple[str, ...], profile: str, pairs: tuple[str, ...], device_memory: float | None) -> None:
     """Say what chapters, and the training of the profile's SAEs, take: downloads, disk, memory, arithmetic, hours.
 
-    Hours are estimates. They follow from formulas and from ten seconds of measuring the device found; with --flops and
-    --bandwidth, a data sheet's numbers, they are lower bounds. What cannot fit is refused, with the setting to change.
+    Hours are estimates: they follow from formulas and from ten seconds of measuring the device found, so with
+    --device-memory there are none. What cannot fit is refused, with the setting to change.
 
     \b
     Examples:
@@ -300,10 +291,7 @@ def plan(
     from saelib.profile import load_profile, override
     from saelib.runner import parse_pairs
 
-    if (flops is None) != (bandwidth is None):
-        raise UserError("--flops and --bandwidth belong together: give both, or neither to have them measured")
-    speed = None if flops is None else planner.bound(flops, bandwidth)
-    for line in planner.report(override(load_profile(profile), parse_pairs(pairs)), chapters, device_memory, speed):
+    for line in planner.report(override(load_profile(profile), parse_pairs(pairs)), chapters, device_memory):
         click.echo(line)
 
 
@@ -317,9 +305,9 @@ def fetch(profile: str, dry_run: bool, only: str | None) -> None:
     """Download the models, text, SAEs and training checkpoints that the profile names, and check them.
 
     Sizes are said first. What is there is not fetched again, and what was cut short goes on where it was. Afterwards
-    the profile runs with HF_HUB_OFFLINE=1. Without --only, the checkpoints are those that chapters look at in any case:
-    the search of chapter 04 loads others as it goes. Chapter 08 streams its labelled data sets and does without them
-    where it cannot.
+    the profile runs with HF_HUB_OFFLINE=1, but for two chapters. 08 streams its labelled data sets when it runs, and
+    does without them where it cannot. Without --only, the checkpoints are those that chapters look at in any case: the
+    search of chapter 04 loads others as it goes.
 
     \b
     Examples:

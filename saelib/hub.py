@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from saelib import UserError
 from saelib.profile import HuggingFace, Profile, is_local
-from saelib.remote import File, Unreachable, head, into_cache, line, listing, note, record, retried, whole
+from saelib.remote import Changed, File, Unreachable, head, into_cache, line, listing, note, record, retried, whole
 
 OPENAI = "https://openaipublic.blob.core.windows.net/sparse-autoencoder"
 GPT2 = "openai-community/gpt2"
@@ -66,6 +66,13 @@ class Item(NamedTuple):
         found = try_to_load_from_cache(self.name, file.path, revision=self.revision, repo_type=self.repo_type)
         return found if isinstance(found, str) else None
 
+    @property
+    def left(self) -> int | None:
+        """Bytes that are still to come; None where that is not known."""
+        if self.there or not self.files:
+            return 0 if self.there else self.bytes
+        return sum(file.bytes for file in self.files if not self.cached(file))
+
     def folder(self) -> str:
         return self.cached(self.files[0])[: -len(self.files[0].path) - 1]
 
@@ -85,6 +92,8 @@ def needs(profile: Profile, only: str | None = None) -> list[Item]:
     if only in {None, "model"}:
         named = [(profile.model.name, profile.model.revision), (profile.model.second_seed, None)]
         found += [_repository("model", *pair) for pair in named if pair[0] and not is_local(pair[0])]
+    if only in {None, "model"} and profile.model.revision and found:  # TransformerLens asks main for the tokenizer
+        found.append(_item("model", profile.model.name, None, lambda: _words(listing(profile.model.name, None))))
     if only in {None, "text"} and isinstance(text, HuggingFace) and not is_local(text.name):
         found.append(_item("text", text, text.revision, lambda: _share(profile, _text(text))))
     if only in {None, "saes"}:
@@ -119,7 +128,11 @@ def _weights_and_words(files: list[File]) -> list[File]:
     """Configuration, tokenizer and weights, as safetensors where there are such."""
     safe = any(re.fullmatch(r"model.*\.safetensors", file.path) for file in files)
     weights = r"model.*\.safetensors" if safe else r"pytorch_model.*\.bin"
-    return [file for file in files if re.fullmatch(rf"[\w.-]+\.(json|txt|model|jinja)|{weights}", file.path)]
+    return [*_words(files), *(file for file in files if re.fullmatch(weights, file.path))]
+
+
+def _words(files: list[File]) -> list[File]:
+    return [file for file in files if re.fullmatch(r"[\w.-]+\.(json|txt|model|jinja)", file.path)]
 
 
 def _text(text: HuggingFace) -> list[File]:
@@ -203,8 +216,10 @@ def table(items: list[Item]) -> str:
 
 
 def _sizes(items: list[Item]) -> str:
-    whole, missing = ([item.bytes for item in items if item.there <= there] for there in (True, False))
-    return "  to fetch ".join("    unknown" if None in s else f"{sum(s) / 1e6:>8,.1f} MB" for s in (whole, missing))
+    left = [item.left for item in items]
+    here = sum(item.bytes - item.left for item in items if item.bytes and item.left is not None)
+    missing = "    unknown" if None in left else f"{sum(left) / 1e6:>8,.1f} MB"
+    return f"{here / 1e6:>8,.1f} MB  to fetch {missing}"
 
 
 # --- getting it -------------------------------------------------------------------------------------------------------
@@ -217,23 +232,33 @@ def fetch(profile: Profile, items: list[Item]) -> None:
         UserError: too little space, or something could not be had. What was got stays, and the next call goes on.
     """
     missing = [item for item in items if not item.there]
-    _check_space(missing)
+    check_space(to_come(missing))
     disable_progress_bars()
-    with tqdm(total=sum(item.bytes or 0 for item in missing), unit="B", unit_scale=True) as bar:
+    with tqdm(total=sum(item.left or 0 for item in missing), unit="B", unit_scale=True) as bar:
         for item in missing:
             bar.set_description(item.name)
             _sae(profile, item, bar) if item.kind == "saes" else _download(item, bar)
 
 
-def _check_space(missing: list[Item]) -> None:
-    wanted: dict[Path, int] = {}
-    for item in missing:  # a converted SAE lies for a moment beside the file that it comes from
-        place = next(folder for folder in (item.where, *item.where.parents) if folder.is_dir())
-        wanted[place] = wanted.get(place, 0) + (item.bytes or 0) * (2 if item.kind == "saes" else 1)
-    for place, size in wanted.items():
+def to_come(items: list[Item]) -> list[tuple[Path, float]]:
+    """Folders, and bytes that `fetch` will write there. A converted SAE lies for a moment beside what it comes from."""
+    return [(item.where, (item.left or 0) * (2 if item.kind == "saes" else 1)) for item in items]
+
+
+def check_space(wanted: Iterable[tuple[Path, float]]) -> None:
+    """Raises UserError: a disk has not enough room for all that is to come to its folders."""
+    sums: dict[int, tuple[Path, float]] = {}
+    for place, size in wanted:
+        place = next(folder for folder in (place, *place.parents) if folder.is_dir())
+        disk = place.stat().st_dev
+        sums[disk] = place, sums.get(disk, (place, 0.0))[1] + size
+    for place, size in sums.values():
         if size > 0.95 * (free := shutil.disk_usage(place).free):
-            cure = "make room, or set HF_HOME (models, text) or SAELIB_BUILD (SAEs) to a larger disk"
-            raise UserError(f"{size / 1e9:.1f} GB are to come to {place}, which has {free / 1e9:.1f} GB free: {cure}")
+            cure = (
+                "make room, or set HF_HOME (models, text) or SAELIB_BUILD (what is made here) to a larger disk, or say"
+            )
+            cure += " text.documents and text.tokens in the profile, so that only the share that is read is fetched"
+            raise UserError(f"{size / 1e9:.1f} GB are to come to the disk of {place}, {free / 1e9:.1f} GB free: {cure}")
 
 
 def _download(item: Item, bar: tqdm) -> str:
@@ -254,6 +279,8 @@ def _sae(profile: Profile, item: Item, bar: tqdm) -> None:
 
     try:
         file, source = _openai(item, bar), item.source
+    except Changed:
+        raise
     except UserError as error:
         _, source, wanted = _release(profile, item.name)
         bar.write(f"{error}; taking the copy from {source}", file=sys.stderr)
@@ -275,6 +302,8 @@ def _openai(item: Item, bar: tqdm) -> Path:
     key = hashlib.sha256(f"{item.source} {etag}".encode()).hexdigest()[:12]
     file = item.where.with_name(f".{item.name}.{key}.partial")
     file.parent.mkdir(parents=True, exist_ok=True)
+    for other in set(file.parent.glob(f".{item.name}.*.partial")) - {file}:
+        other.unlink()  # of a file that is no longer served
     retried(item.source, lambda: whole(item.source, file, size, bar))
     return file
 

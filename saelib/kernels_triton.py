@@ -3,8 +3,8 @@
 What all of them rely on:
 
 - float32 sums in an order that follows from the shapes alone: no atomics, no autotuning, so a run repeats its bits.
-- Block sizes are constants, not tuned; compiled, the product's take 64 KiB of shared memory on a card that has 99, and
-  at most 128 where there is more.
+- Block sizes are constants, not tuned. The product's take, as compiled for d_model divisible by 16, 64 KiB of shared
+  memory where cards have 99 (compute capability 8.6, 8.9, 12.0), 96 of 163 on 8.0, 128 of 227 on 9.0 and 10.0.
 - Rows are addressed in 64 bits: a batch times k times d_model passes 2^31.
 
 `TRITON_INTERPRET=1`, set before Triton is imported, runs them on a CPU, slowly; with `SAELIB_NATIVE=triton`, `ops.py`
@@ -42,7 +42,6 @@ CHUNK = 32
 CANDIDATES = 2**26
 """Of those few, over all rows: so many are held at a time (5 bytes each, 320 MiB)."""
 WIDEST = 8192  # columns of a row that `update` and `across` hold whole
-
 
 TILE = {"ROWS": 128, "LATENTS": 128, "GROUP": 8}
 """Of the encoder's product, what one program computes, and how many tiles of rows take turns."""
@@ -166,7 +165,7 @@ def _segments(
         enc += tl.sum(weight[:, None] * rows, axis=0)
         sums += weight
         for number in tl.static_range(SETS):
-            shift = number * tokens.to(tl.int64)
+            shift = number * (program * 0 + tokens)  # in 64 bits; compiled, a 1 given for `tokens` has no `to`
             weight = tl.load(z + shift * k + pair, mask=at < last, other=0.0)
             rows = tl.load(g + (shift + token)[:, None] * d + column[None, :], mask=there, other=0.0)
             dec += tl.sum(weight[:, None] * rows, axis=0)
@@ -302,7 +301,7 @@ def encode_topk(
     """The k largest of each row of x W^T + bias, largest first, their latents, and which rows are in doubt.
 
     Factors have the dtype of `weight`; float32 ones are multiplied as three products of tf32, which keep float32's
-    accuracy, or as one where PyTorch is allowed to. None where k is too wide for chunks to be of use.
+    accuracy, or as one where PyTorch (2.9 or later) is allowed to. None where k is too wide for chunks to be of use.
 
     Exact but for rows in doubt. Let t be the k-th largest of the values kept. What a chunk hides is not larger than the
     least that it kept. So where no chunk's least is larger than t, nothing hidden is: no k values of the row are larger
@@ -322,13 +321,14 @@ def encode_topk(
 def _encode_rows(x: Tensor, weight: Tensor, bias: Tensor | None, k: int, some: int) -> tuple[Tensor, Tensor, Tensor]:
     (rows, d), n = x.shape, len(weight)
     chunks = triton.cdiv(n, CHUNK)
+    precision = "tf32" if getattr(torch.backends.cuda.matmul, "fp32_precision", "") == "tf32" else "tf32x3"
     keys = torch.empty(rows, some, chunks, dtype=torch.int32, device=x.device)
     places = torch.empty_like(keys, dtype=torch.uint8)
     _launch(
         _encode, (triton.cdiv(rows, TILE["ROWS"]) * triton.cdiv(n, TILE["LATENTS"]),),
         x, weight, weight if bias is None else bias, keys, places, rows, n, d, chunks, BIASED=bias is not None,
-        PRECISION="tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3", KEPT=some, CHUNK=CHUNK,
-        DEPTH=DEPTH // weight.element_size(), **TILE, warps=8, num_stages=_stages(x.device),
+        PRECISION=precision, KEPT=some, CHUNK=CHUNK, DEPTH=DEPTH // weight.element_size(), **TILE, warps=8,
+        num_stages=_stages(x.device),
     )  # fmt: skip
     chunk = keys[:, 0].topk(k, sorted=False).indices
     everywhere = chunk[:, None].expand(-1, some, -1)

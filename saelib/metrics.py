@@ -47,7 +47,7 @@ class Spread:
         """Take in contexts."""
         x = precise(x)
         count = torch.full((len(x),), x.shape[1], dtype=torch.float64)
-        self.sums.append((torch.linalg.vecdot(x, x).sum(1).cpu(), x.sum(1).cpu(), x[:, -1].cpu(), count))
+        self.sums.append((torch.linalg.vecdot(x, x).sum(1).cpu(), x.sum(1).cpu(), x[:, -1].cpu().clone(), count))
 
     def result(self, about: About) -> Float[Tensor, "contexts"]:
         """For each context the sum over its tokens."""

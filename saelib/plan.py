@@ -1,15 +1,14 @@
 """What a profile takes before it is run: downloads, disk, memory, arithmetic, hours; and a refusal of what cannot fit.
 
-`costs.py` has the formulas. Here they meet a machine: its memory as it is found or given, its speed as short bursts of
-the real work measure it, or as the user gives it. The numbers of a data sheet make every hour a lower bound.
+`costs.py` has the formulas. Here they meet a machine: its memory as it is found or given, and its speed as short bursts
+of the real work measure it. A device that is not here has no hours.
 """
 
 from __future__ import annotations
 
 import math
-import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import psutil
@@ -37,7 +36,7 @@ class Machine(NamedTuple):
     device: str
     name: str
     memory: float
-    """Bytes of the device."""
+    """Bytes of the device: of a GPU that is here those that nobody else holds."""
     host: float
     """Bytes of the machine."""
 
@@ -50,8 +49,7 @@ def machine(profile: Profile, device_memory: float | None = None) -> Machine:
     device = pick_device(profile)
     if device != "cuda":
         return Machine(device, f"this machine ({device}, threads: {torch.get_num_threads()})", host, host)
-    found = torch.cuda.get_device_properties(0)
-    return Machine(device, found.name, float(found.total_memory), host)
+    return Machine(device, torch.cuda.get_device_name(0), float(torch.cuda.mem_get_info(0)[0]), host)
 
 
 # --- speed ------------------------------------------------------------------------------------------------------------
@@ -77,11 +75,6 @@ def probe(profile: Profile, of: Shape, device: str, seconds: float = 8.0) -> Spe
     }
     with torch.no_grad():
         return Speed(**{kind: size / _best(run, seconds / 4, device) for kind, (run, size) in works.items()})
-
-
-def bound(tera: float, giga: float) -> Speed:
-    """A data sheet's numbers, TFLOP/s and GB/s, taken at their word."""
-    return Speed(*[tera * 1e12] * 3, giga * 1e9)
 
 
 def probed(recipe: Recipe, device: str) -> Recipe:
@@ -113,152 +106,139 @@ class Activity(NamedTuple):
 
     name: str
     work: Work
-    memory: Memory
-    """Of the device."""
+    holds: Callable[[Cost, Mapping[str, int]], Memory]
+    """On the device, for another profile, or with other parameters of the notebook."""
     passing: float
     """Bytes of weights that pass through the machine's memory on their way to a GPU."""
-    settings: dict[str, int]
-    """What can be halved if memory is short, in this order, and what it is now."""
-    smaller: Callable[[dict[str, int]], Memory]
-    """The memory with some of these set to other values."""
+    settings: Mapping[str, Sequence[int]]
+    """What to lower if memory is short, in this order: the value it has, and others."""
     note: str = ""
 
-    def needs(self, device: str) -> tuple[float, float]:
-        """Bytes of the device, and of the machine."""
-        own = BASE[device] + SLACK * sum(self.memory.values())
-        return own, HOST + self.passing if device == "cuda" else own
+    def needs(self, c: Cost, changes: Mapping[str, int] | None = None) -> tuple[float, float]:
+        """Bytes of the device, and of the machine; with some of `settings` changed."""
+        keys = {key: value for key, value in (changes or {}).items() if "." in key}
+        changed = c._replace(profile=override(c.profile, keys)) if keys else c
+        own = BASE[c.device] + SLACK * sum(self.holds(changed, changes or {}).values())
+        return own, HOST + self.passing if c.device == "cuda" else own
 
 
 def trainings(c: Cost) -> Iterator[Activity]:
-    """One for every SAE of the profile."""
-    for name, entry in c.profile.saes.items():
+    """One for every SAE of the profile that is not fetched."""
+    for name in (name for name, entry in c.profile.saes.items() if not entry.openai):
         recipe = c.profile.recipe_of(name)
-        settings = {"activations.block": c.profile.activations.block, "recipe.batch": recipe.batch}
-        settings["recipe.n_latents"] = recipe.n_latents
-
-        def smaller(changes: dict[str, int], name: str = name) -> Memory:
-            own = {f"saes.{name}.{key}" if key.startswith("recipe.") else key: changes[key] for key in changes}
-            changed = override(c.profile, own)
-            return costs.training(c._replace(profile=changed), changed.recipe_of(name))
-
-        note = "is there" if there(c.profile, name) else "to be fetched" if entry.openai else ""
         passing = 5 * 4 * costs.sae_parameters(recipe, c.of.d_model)
-        work = c.fit(recipe, recipe.tokens)
-        yield Activity(f"train {name}", work, costs.training(c, recipe), passing, settings, smaller, note)
+        note = "is there" if there(c.profile, name) else ""
+
+        def holds(c: Cost, _: Mapping[str, int], name: str = name) -> Memory:
+            return costs.training(c, c.profile.recipe_of(name))
+
+        yield Activity(f"train {name}", c.fit(recipe, recipe.tokens), holds, passing, _settings(c, name), note)
+
+
+def _settings(c: Cost, name: str) -> dict[str, list[int]]:
+    """Of a training: an SAE's own section is what counts, whether it names the setting or not."""
+    recipe, own = c.profile.recipe_of(name), f"saes.{name}.recipe"
+    found = {"activations.block": _halved(c.profile.activations.block), f"{own}.batch": _halved(recipe.batch)}
+    return found | {f"{own}.k_aux": [recipe.k_aux, 0], f"{own}.n_latents": _halved(recipe.n_latents, 4 * recipe.k)}
+
+
+def _halved(value: int, least: int = 1) -> list[int]:
+    return [value, *(value >> by for by in (1, 2, 3) if value >> by >= least)]
 
 
 def chapters(c: Cost, names: Sequence[str]) -> Iterator[Activity]:
     """Notebooks, as they are without `-p`."""
     for chapter in runner.select(names, runner.chapters()):
         number, given = chapter.name[:2], chapter.parameters
-        counted = {key: value for key, value in given.items() if key.startswith("n_") and value}
+        settings = {key: _halved(value) for key, value in given.items() if key.startswith("n_")}
+        if number == "06" and "chapter" in c.profile.saes:
+            settings = _settings(c, "chapter")
 
-        def smaller(changes: dict[str, int], number: str = number, given: dict = given) -> Memory:
-            own = {key: changes[key] for key in changes if key not in given}
-            return costs.chapter(c._replace(profile=override(c.profile, own)), number, given | changes)
+        def holds(c: Cost, changes: Mapping[str, int], number: str = number, given: Mapping = given) -> Memory:
+            return costs.chapter(c, number, given | changes)
 
-        block = {"activations.block": c.profile.activations.block} if number == "06" else {}
-        settings = block | counted | {"context_length": c.profile.context_length}
-        memory, passing = costs.chapter(c, number, given), 8 * c.of.parameters
         work = costs.CHAPTERS[number](c, given) + Work(host=costs.HOST)
-        yield Activity(chapter.name, work, memory, passing, settings, smaller)
+        yield Activity(chapter.name, work, holds, 8 * c.of.parameters, settings)
 
 
-def refused(activity: Activity, on: Machine) -> str:
-    """Why it cannot be run there, and the setting to change; empty where it fits."""
-    needed, host = activity.needs(on.device)
+def refused(activity: Activity, c: Cost, on: Machine) -> str:
+    """Why it cannot be run there, and what to change; empty where it fits."""
+    needed, host = activity.needs(c)
     if needed > on.memory:
-        largest = sorted(activity.memory, key=activity.memory.get, reverse=True)[:3]
-        most = ", ".join(f"{_gb(activity.memory[part])} for {part}" for part in largest)
+        largest = sorted(activity.holds(c, {}).items(), key=lambda part: -part[1])[:3]
+        most = ", ".join(f"{_gb(size)} for {part}" for part, size in largest)
         short = f"{activity.name} needs {_gb(needed)} GB and {on.name} has {_gb(on.memory)} ({most})"
-        return f"{short}: {_cure(activity, on)}"
+        return f"{short}: {_cure(activity, c, on)}"
     if host > on.host:
         short = f"{activity.name} needs {_gb(host)} GB beside the GPU and this machine has {_gb(on.host)}"
-        return f"{short}: lower recipe.n_latents, or take a larger machine"
+        return f"{short}: take a larger machine"
     return ""
 
 
-def _cure(activity: Activity, on: Machine) -> str:
-    """The first settings that, halved up to three times each, make room."""
-
-    def fits(changes: dict[str, int]) -> bool:
-        smaller = activity._replace(memory=activity.smaller(changes))
-        return smaller.needs(on.device)[0] <= on.memory
-
+def _cure(activity: Activity, c: Cost, on: Machine) -> str:
+    """The first settings that, lowered one after the other, make room; those that are not needed for it left out."""
     changes: dict[str, int] = {}
-    halved = ((key, value >> by) for key, value in activity.settings.items() for by in (1, 2, 3) if value >> by)
-    for key, lower in halved:
-        changes[key] = lower
-        if fits(changes):
-            for earlier in list(changes)[:-1]:
-                rest = {other: changes[other] for other in changes if other != earlier}
-                changes = rest if fits(rest) else changes
-            steps = (f"{key} from {activity.settings[key]:,} to {new:,}" for key, new in changes.items())
-            return f"lower {' and '.join(steps)}"
-    return "even an eighth of every setting is too much; take a larger device, several (--shards), or a smaller model"
+    for key, values in activity.settings.items():
+        for value in values[1:]:
+            changes[key] = value
+            if activity.needs(c, changes)[0] <= on.memory:
+                for other in [one for one in changes if one != key]:
+                    rest = {one: changes[one] for one in changes if one != other}
+                    changes = rest if activity.needs(c, rest)[0] <= on.memory else changes
+                where = "in the profile" if "." in key else "of the notebook, with -p"
+                return f"set {' and '.join(f'{key}={value}' for key, value in changes.items())} {where}"
+    return "no setting makes enough room; take a larger device, several (--shards), or a smaller model"
 
 
-def disk(profile: Profile, of: Shape, items: Sequence, activities: Sequence[Activity]) -> tuple[float, float]:
-    """Bytes to download, and bytes that runs write below `_build`: activations kept, and the states of one training."""
-    downloads = sum(item.bytes or 0 for item in items if not item.there)
-    states = [2 * activity.passing * 4 / 5 for activity in activities if activity.name.startswith("train")]
-    kept = profile.activations.limit or profile.recipe.tokens
-    cache = 2 * of.d_model * kept if states and profile.activations.cache else 0
-    return downloads, cache + max(states, default=0)
+def written(c: Cost, activities: Sequence[Activity]) -> float:
+    """Bytes that runs write below `_build`: activations kept, and the states of one training."""
+    states = [2 * one.passing * 4 / 5 for one in activities if one.name.startswith("train") and not one.note]
+    kept = c.profile.activations.limit or c.profile.recipe.tokens
+    return 2 * c.of.d_model * kept * bool(states and c.profile.activations.cache) + max(states, default=0)
 
 
 # --- the table --------------------------------------------------------------------------------------------------------
 
 
-def report(
-    profile: Profile, names: Sequence[str] = (), device_memory: float | None = None, speed: Speed | None = None
-) -> Iterator[str]:
+def report(profile: Profile, names: Sequence[str] = (), device_memory: float | None = None) -> Iterator[str]:
     """The lines that `saelib plan` prints.
 
     Args:
         names: of chapters; none: all of them, and the trainings.
-        device_memory: GB of a GPU that is not here.
-        speed: of a device that is not to be measured: the hours are lower bounds.
+        device_memory: GB of a GPU that is not here; its hours are not known then.
 
     Raises:
         UserError: something does not fit, no such chapter, or the model's shape is not known here.
     """
     of, on = costs.shape(profile), machine(profile, device_memory)
-    items = hub.needs(profile)
     c = Cost(profile, of, on.device)
     activities = [*([] if names else trainings(c)), *chapters(c, names)]
+    items = hub.needs(profile)
     yield f"{profile.name}: {profile.model.name}, {of.parameters:,} parameters; {on.name}, {_gb(on.memory)} GB"
     yield hub.table(items)
-    downloads, written = disk(profile, of, items, activities)
-    free = shutil.disk_usage(BUILD if BUILD.exists() else BUILD.parent).free
-    some = f"{'at least ' if any(item.bytes is None for item in items) else ''}{_gb(downloads)} GB"
-    yield f"disk: {some} to download, up to {_gb(written)} GB written by runs, {_gb(free)} GB free\n"
-    refusal = refused(max(activities, key=lambda one: one.needs(on.device)[0]), on)
-    if downloads + written > free and not refusal:
-        cure = "free some, or point HF_HOME and SAELIB_BUILD to another disk"
-        refusal = f"{_gb(downloads + written)} GB of disk are needed, {_gb(free)} are free: {cure}"
-    bound = "at least " if speed else ""
-    if not (speed or refusal or device_memory):
-        speed = probe(profile, of, on.device)
-    yield f"{'':<22}{'device GB':>10}{'host GB':>9}{'TFLOP':>12}{bound + 'hours':>16}"
-    yield from _rows(activities, on, speed)
-    if refusal:
-        raise UserError(refusal)
+    yield f"runs write up to {_gb(written(c, activities))} GB to {BUILD}\n"
+    short = [(one.needs(c), one.name, why) for one in activities if not one.note and (why := refused(one, c, on))]
+    speed = None if short or device_memory else probe(profile, of, on.device)
+    yield f"{'':<22}{'device GB':>10}{'host GB':>9}{'TFLOP':>12}{'hours':>12}"
+    yield from _rows(activities, c, speed, {name for _, name, _ in short})
+    if short:
+        raise UserError(max(short)[2])
+    hub.check_space([*hub.to_come(items), (BUILD, written(c, activities))])
     if not speed:
-        yield "hours: give --flops and --bandwidth of that card, or run saelib plan where it is"
+        yield "hours: run saelib plan where that card is"
 
 
-def _rows(activities: Sequence[Activity], on: Machine, speed: Speed | None) -> Iterator[str]:
+def _rows(activities: Sequence[Activity], c: Cost, speed: Speed | None, short: set[str]) -> Iterator[str]:
     hours = 0.0
-    for activity in activities:
-        own, host = activity.needs(on.device)
-        took = activity.work.seconds(speed) / 3600 if speed else None
-        hours += 0 if activity.note or not speed else took
-        sizes = f"{_gb(own):>10}{_gb(host):>9}{activity.work.flops / 1e12:>12,.0f}"
-        shown = "not known" if took is None else f"{took:,.2f}"
-        yield f"{activity.name:<22}{sizes}{shown:>16}  {activity.note}".rstrip()
+    for one in activities:
+        took = one.work.seconds(speed) / 3600 if speed else 0
+        hours += 0 if one.note else took
+        sizes = "".join(f"{_gb(size):>{width}}" for size, width in zip(one.needs(c), (10, 9), strict=True))
+        note = "does not fit" if one.name in short else one.note
+        shown = f"{took:,.2f}" if speed else "not known"
+        yield f"{one.name:<22}{sizes}{one.work.flops / 1e12:>12,.0f}{shown:>12}  {note}".rstrip()
     if speed:
-        yield f"{'left to do':<53}{hours:>16,.2f}"
+        yield f"{'left to do':<53}{hours:>12,.2f}"
 
 
 def _gb(size: float) -> str:

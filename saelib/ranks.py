@@ -29,27 +29,49 @@ def processes() -> Iterator[None]:
     if "RANK" not in os.environ:
         yield
         return
-    _join("training")
+    _join("training", gpu())
     try:
         yield
     finally:
         dist.destroy_process_group()
 
 
-def _join(meeting: str) -> None:
+def _join(meeting: str, gpu: int | None) -> None:
     """Meet the others by torchrun's variables; each meeting has a name, for they all use one store."""
     backend = "gloo"
-    if torch.cuda.is_available():  # in a kernel only its own GPU is visible
+    if gpu is not None:
         backend = "cpu:gloo,cuda:nccl"
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+        torch.cuda.set_device(gpu)
     store, rank, size = next(dist.rendezvous("env://"))
     dist.init_process_group(backend, store=dist.PrefixStore(meeting, store), rank=rank, world_size=size)
+
+
+def gpu() -> int | None:
+    """Number of this process's GPU among those it sees; None where there are none. UserError: others have them all."""
+    there = torch.cuda.device_count()
+    number = 0 if MEETING in os.environ else int(os.environ["LOCAL_RANK"])  # a kernel sees only its own
+    if 0 < there <= number:
+        cure = f"torchrun --nproc-per-node={there}, or CUDA_VISIBLE_DEVICES= to do without"
+        raise UserError(f"more processes than GPUs here ({there}): {cure}")
+    return number if there else None
+
+
+def agreed(value: T) -> T:
+    """What the first of the processes that torchrun started says; alone, what oneself says."""
+    if "RANK" not in os.environ:
+        return value
+    _join("agreement", None)
+    said = [value]
+    with _others():
+        dist.broadcast_object_list(said)
+    dist.destroy_process_group()
+    return said[0]
 
 
 def here() -> tuple[int, int]:
     """Number of this process, from 0, and how many there are. A chapter's kernel joins the others here."""
     if MEETING in os.environ and not dist.is_initialized():
-        _join(os.environ[MEETING])
+        _join(os.environ[MEETING], gpu())
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 

@@ -10,9 +10,11 @@ import contextlib
 import errno
 import hashlib
 import json
+import sys
 import time
 import zipfile
 from collections.abc import Callable, Iterable
+from email.utils import mktime_tz, parsedate_tz
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -36,6 +38,10 @@ class Unreachable(UserError):
     """No server could be asked."""
 
 
+class Changed(UserError):
+    """Not the file that it was when it was first fetched."""
+
+
 class File(NamedTuple):
     path: str
     bytes: int
@@ -56,13 +62,26 @@ def retried(what: str, call: Callable[[], T]) -> T:
             ):
                 cure = "`saelib fetch` where there is a network, a proxy (HTTPS_PROXY) or a mirror (HF_ENDPOINT)"
                 raise Unreachable(f"cannot reach the server of {what}: {cure}") from error
-            if response is not None and response.status_code < 500 and response.status_code not in {408, 429}:
-                raise UserError(f"cannot get {what}: {response.status_code}, check name and revision") from error
+            status = response.status_code if response is not None else 500
+            if status < 500 and status not in {408, 429}:
+                cure = (
+                    "accept its licence there, and set HF_TOKEN" if status in {401, 403} else "check name and revision"
+                )
+                raise UserError(f"cannot get {what}: {status}, {cure}") from error
             if attempt == TRIES or getattr(error, "errno", None) == errno.ENOSPC:
                 raise UserError(f"cannot get {what}: {line(error)}; try again, it goes on from there") from error
-            asked = response.headers.get("Retry-After", "") if response is not None else ""
-            time.sleep(min(int(asked), LONGEST) if asked.isdigit() else 2 ** (attempt - 1))
+            wait = _asked(response.headers.get("Retry-After", "")) if response is not None else None
+            wait = 2 ** (attempt - 1) if wait is None else min(wait, LONGEST)
+            if wait > 10:
+                tqdm.write(f"the server of {what} asks for {wait:.0f} seconds", file=sys.stderr)
+            time.sleep(wait)
     raise AssertionError
+
+
+def _asked(retry_after: str) -> float | None:
+    """Seconds, which a server says as a number or as a date."""
+    date = parsedate_tz(retry_after)
+    return float(retry_after) if retry_after.isdigit() else max(0.0, mktime_tz(date) - time.time()) if date else None
 
 
 def _causes(error: BaseException | None) -> list[BaseException]:
@@ -74,7 +93,10 @@ def line(error: BaseException) -> str:
 
 
 def record() -> dict[str, list]:
-    return json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.is_file() else {}
+    try:
+        return json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.is_file() else {}
+    except ValueError as error:
+        raise UserError(f"{RECORD} is damaged: delete it, and fetch again what is to be used offline") from error
 
 
 def note(source: str, files: Iterable[File]) -> None:
@@ -119,6 +141,8 @@ def head(url: str) -> tuple[int, str]:
 
 def whole(url: str, file: Path, size: int, bar: tqdm) -> None:
     """Download what is missing of a file, and compare it with its own checksums and with the first download."""
+    if file.is_file() and file.stat().st_size > size:
+        file.unlink()  # begun when another, larger file was served
     with file.open("ab") as end:
         http_get(url, end, resume_size=end.tell(), expected_size=size, tqdm_class=_shown_on(bar))
     with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(file) as archive:
@@ -127,6 +151,6 @@ def whole(url: str, file: Path, size: int, bar: tqdm) -> None:
             if record().get(url, [found])[0][2] == found.digest:
                 return note(url, [found])
             file.unlink()
-            raise UserError(f"{url} is not what it was when it was first fetched: if it may be, drop it from {RECORD}")
+            raise Changed(f"{url} is not what it was when it was first fetched: if it may be, drop it from {RECORD}")
     file.unlink()
     raise OSError("its checksums are wrong")

@@ -31,7 +31,7 @@ from papermill.execute import remove_error_markers
 
 from saelib import UserError
 from saelib.profile import BUILD, ROOT, Profile, content_hash, load_profile
-from saelib.ranks import MEETING
+from saelib.ranks import MEETING, agreed, gpu
 from saelib.report import cores, rehearsed, result_file, versions
 
 NOTEBOOKS = ROOT / "notebooks"
@@ -228,6 +228,8 @@ def run(
         ChapterFailed: a cell raised any other error. Its executed notebook is kept.
     """
     plans, folder = plan(names, profile_name, pairs, out)
+    states = agreed({item.chapter.name: item.state for item in plans})  # a kernel that is skipped here has no siblings
+    plans = [item._replace(state=states[item.chapter.name]) for item in plans]
     make(folder)
     say = print
     if int(os.environ.get("RANK", 0)):
@@ -251,8 +253,8 @@ def _siblings(chapter: Chapter) -> dict[str, str]:
     """What a kernel has to know where torchrun started several: where they meet, and which GPU is its own."""
     if "RANK" not in os.environ:
         return {}
-    gpus, number = os.environ.get("CUDA_VISIBLE_DEVICES"), int(os.environ["LOCAL_RANK"])
-    own = str(number) if gpus is None else dict(enumerate(gpus.split(","))).get(number, "")
+    gpus, number = os.environ.get("CUDA_VISIBLE_DEVICES"), gpu() or 0
+    own = str(number) if gpus is None else gpus.split(",")[number]
     quiet = {"TQDM_DISABLE": "1"} if os.environ["RANK"] != "0" else {}
     return {MEETING: chapter.name, "CUDA_VISIBLE_DEVICES": own, **quiet}
 

@@ -212,6 +212,8 @@ def only(positions: slice, variant: Variant) -> Variant:
         x[:, positions] = variant(x[:, positions])
         return x
 
+    if hasattr(variant, "skip"):
+        replaced.skip = lambda shape: variant.skip((shape[0], len(range(shape[1])[positions])))
     return replaced
 
 

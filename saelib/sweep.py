@@ -8,18 +8,18 @@ changed that goes into it, so a sweep that was stopped goes on where it was.
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
 import json
+import os
 import re
 import shutil
 import socket
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd
+import torch
 import yaml
 from tqdm import tqdm
 
@@ -36,8 +36,8 @@ class Point(NamedTuple):
 
     values: dict[str, object]
     """What it sets: parameters of the notebook and, by dotted key, values of the profile."""
-    profile: dict[str, object]
-    """Its own profile file, which extends the given one; {} where it sets no value of the profile."""
+    profile: Profile | None
+    """Its own profile; None where it sets no value of the given one."""
     item: runner.Plan
     folder: Path
 
@@ -70,8 +70,8 @@ def parse_grid(pairs: Iterable[str]) -> list[dict[str, object]]:
             values = json.loads(f"[{text}]")
         except ValueError:
             values = [runner.parse_pairs([f"{key}={value}"])[key] for value in text.split(",")]
-        if not key or not values or "" in values or key in axes:
-            raise UserError(f"-g {pair!r}: give each key once, and its values, as in -g seed=0,1,2")
+        if not key or not values or "" in values or key in axes or len(set(map(repr, values))) < len(values):
+            raise UserError(f"-g {pair!r}: give each key once, and its values, each once, as in -g seed=0,1,2")
         axes[key] = values
     if not axes:
         raise UserError("the grid is empty: give a key and its values, as in -g recipe.lr=1e-4,2e-4")
@@ -95,7 +95,8 @@ def _point(chapter: runner.Chapter, profile: Profile, base: str, values: dict[st
     sections = {key: value for key, value in values.items() if "." in key}
     parameters = {key: value for key, value in values.items() if key not in sections}
     runner.check_parameters(chapter, parameters)
-    own, given = override(profile, sections), {}
+    own = override(profile, sections)
+    _refuse_without_effect(profile, sections)
     words = ",".join(f"{key}={value}" for key, value in values.items())
     name = re.sub(r"[^\w.=,+-]+", "_", words)[:80]  # to be read; the hash makes it the only one
     folder = out / f"{name}-{runner.inputs_of(chapter.name, values)[:8]}"
@@ -104,13 +105,17 @@ def _point(chapter: runner.Chapter, profile: Profile, base: str, values: dict[st
         parameters["profile"] = runner.seen_from(chapter.path.parent, chosen)
     elif sections:
         raise UserError(f"{chapter.name} has no parameter 'profile' to hand {next(iter(sections))} on by: add one")
-    if sections:
-        given = {"extends": base}
-    for *path, last in (key.split(".") for key in sections):
-        place = functools.reduce(lambda tree, part: tree.setdefault(part, {}), path, given)
-        place[last] = sections[".".join([*path, last])]
     inputs = runner.inputs_of(runner.surroundings(own), chapter.content, values)
-    return Point(values, given, runner.Plan(chapter, parameters, inputs, ""), folder)
+    return Point(values, own if sections else None, runner.Plan(chapter, parameters, inputs, ""), folder)
+
+
+def _refuse_without_effect(profile: Profile, keys: Iterable[str]) -> None:
+    """Raise a UserError where every SAE's own section says something else than `recipe`, which is then not heard."""
+    for key in keys:
+        section, _, field = key.partition(".")
+        if section == "recipe" and profile.saes and all(field in sae.recipe for sae in profile.saes.values()):
+            names = ", ".join(f"saes.{name}.{key}" for name in profile.saes)
+            raise UserError(f"{key} changes nothing, since every SAE of the profile says its own: sweep one of {names}")
 
 
 # --- running ----------------------------------------------------------------------------------------------------------
@@ -136,14 +141,15 @@ def sweep(
     runner.make(out)
     if todo:
         with _cluster(scheduler, jobs or 1) as client:
-            slots = _slots(client, out)
+            _check(client, out)
             for point in todo:
                 shutil.rmtree(point.folder, ignore_errors=True)
                 runner.make(point.folder)
                 if point.profile:
-                    own = yaml.safe_dump(point.profile, sort_keys=False)
+                    own = yaml.safe_dump(point.profile.model_dump(mode="json"), sort_keys=False)
                     (point.folder / "profile.yml").write_text(own, encoding="utf-8")
-            for _ in tqdm(_ended(client, todo, slots), todo[0].item.chapter.name, len(todo), unit="point"):
+            jobs = None if scheduler else jobs or 1
+            for _ in tqdm(_ended(client, todo, jobs), todo[0].item.chapter.name, len(todo), unit="point"):
                 _table(grid, out)
     return _table(grid, out), [point.row() for point in grid]
 
@@ -164,7 +170,7 @@ def _cluster(scheduler: str | None, jobs: int) -> Iterator:
         raise UserError("a sweep needs dask.distributed: pip install 'dask[distributed]'") from error
     local = {"n_workers": jobs, "threads_per_worker": 1, "dashboard_address": ":0", "memory_limit": 0}
     with contextlib.ExitStack() as stack:
-        # a point that loses its workers ends by itself; one that only waited there is not to blame
+        # of local processes: a point that loses its workers ends by itself; one that only waited there is not to blame
         stack.enter_context(dask.config.set({"distributed.scheduler.allowed-failures": 10**6}))
         try:
             place = scheduler or stack.enter_context(LocalCluster(**local, silence_logs="CRITICAL"))
@@ -176,47 +182,45 @@ def _cluster(scheduler: str | None, jobs: int) -> Iterator:
         yield client
 
 
-def _slots(client, out: Path) -> Counter[str]:
-    """How many points run at a time on each host. Raises UserError: a worker without this checkout or the folder."""
-    slots: Counter[str] = Counter()
+def _check(client, out: Path) -> None:
+    """Raise a UserError where a worker sees another checkout than this one, or not the folder."""
     for worker, seen in client.run(_seen, out, on_error="return").items():
-        if isinstance(seen, Exception) or seen[:3] != (str(ROOT), __version__, True):
+        if seen != (str(ROOT), __version__, True):
             cure = f"workers need saelib {__version__} in the same checkout, and a file system shared with this machine"
             raise UserError(f"worker {worker} does not see {ROOT} and {out} (it has: {seen}): {cure}")
-        slots[seen[3]] += seen[4]
-    return slots
 
 
-def _seen(out: Path, dask_worker) -> tuple[str, str, bool, str, int]:
-    """A worker's checkout and version, whether it sees the sweep's folder, its host, and its points at a time."""
-    return str(ROOT), __version__, out.is_dir(), socket.gethostname(), dask_worker.state.nthreads
+def _seen(out: Path) -> tuple[str, str, bool]:
+    return str(ROOT), __version__, out.is_dir()
 
 
-def _ended(client, todo: list[Point], slots: Counter[str]) -> Iterator[Point]:
+def _ended(client, todo: list[Point], jobs: int | None) -> Iterator[Point]:
     """Points as they end, their rows written."""
     from distributed import as_completed
 
-    futures = {client.submit(_run, point, slots, retries=1, pure=False): point for point in todo}
+    futures = {client.submit(_run, point, jobs, retries=1, pure=False): point for point in todo}
     for future in as_completed(futures):
         if error := future.exception():  # its worker was lost too often, or could not write
             futures[future].keep("failed", f"{type(error).__name__}: {error}".splitlines()[0])
         yield futures[future]
 
 
-def _run(point: Point, slots: Counter[str]) -> None:
+def _run(point: Point, jobs: int | None) -> None:
     """On a worker: run a point, write its row. Raises RuntimeError: it failed, and is to be tried once more."""
+    from distributed import get_worker
+
     if (point.folder / "row.json").is_file():  # it had ended, and dask lost the answer together with a worker
         return None
-    host, results, tries = socket.gethostname(), point.folder / "results", point.folder / "attempts"
+    worker, results, tries = get_worker(), point.folder / "results", point.folder / "attempts"
     with tries.open("a") as file:
-        file.write(f"{host}\n")
+        file.write(f"{worker.address}\n")
     attempt = len(tries.read_text().splitlines())
     if attempt > 2:
         return point.keep("failed", "its worker was lost, most often for want of memory")
     shutil.rmtree(results, ignore_errors=True)
-    # all of the host's cores are shared out; a worker's own variables say one thread
-    threads = str(max(1, (cores() or 1) // slots.get(host, 1)))
-    environment = {f"{library}_NUM_THREADS": threads for library in ("OMP", "MKL", "OPENBLAS")}
+    # all cores that the worker may use are shared out, where its own variables say one thread
+    threads = str(max(1, (cores() or 1) // (jobs or worker.state.nthreads)))
+    environment = {f"{library}_NUM_THREADS": threads for library in ("OMP", "MKL", "OPENBLAS")} | _gpu(worker.name)
     kept = point.folder / point.item.chapter.path.name
     seconds, failure = runner.run_one(point.item, kept, results, TQDM_DISABLE="1", **environment)
     error = runner.first_line(failure) if failure else None
@@ -225,3 +229,10 @@ def _run(point: Point, slots: Counter[str]) -> None:
     found = [read(path)["values"] for path in sorted(results.glob("*.json"))]
     numbers = {name: value["value"] for values in found for name, value in values.items()}
     return point.keep("failed" if failure else "done", error, seconds, numbers)
+
+
+def _gpu(worker: int | str) -> dict[str, str]:
+    """The GPU of a numbered worker, in turn of those to be seen; workers with names are given theirs from outside."""
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+    gpus = seen.split(",")
+    return {"CUDA_VISIBLE_DEVICES": gpus[worker % len(gpus)]} if seen and isinstance(worker, int) else {}

@@ -388,8 +388,8 @@ class Record:
     def add(self, terms: Terms, bar: tqdm) -> None:
         """Take in one step; write what is due."""
         trainer, recipe = self.trainer, self.trainer.recipe
-        for name in self.sums:
-            self.sums[name] += float(getattr(terms, name))
+        found = torch.stack([getattr(terms, name) for name in self.sums]).tolist()  # a GPU is waited for once
+        self.sums = {name: total + value for (name, total), value in zip(self.sums.items(), found, strict=True)}
         self._insist("the loss is", math.isfinite(self.sums["loss"]))
         bar.update()
         if trainer.n_steps % LOG_EVERY == 0 or trainer.n_steps == recipe.steps:

@@ -6,13 +6,17 @@ import os
 import shutil
 import subprocess
 import sys
+import time
+from email.utils import formatdate
+from pathlib import Path
 
 import pytest
 import torch
 from huggingface_hub import constants
 from rehearsal import GPT2, STANFORD, Fault, local_hub
 
-from saelib import UserError, formats, hub, remote, train
+from saelib import UserError, formats, hub, remote, runner, train
+from saelib.models import fingerprint, load_model
 from saelib.profile import ROOT, load_profile, override
 
 PROFILE = """
@@ -70,14 +74,12 @@ def ranges(served, end):
 
 LOOK = """
 import sys, torch
-from saelib import UserError, hub, models, text
+from saelib import UserError, models, text
 from saelib.profile import load_profile, override
 from saelib.train import load_sae
 profile = load_profile(sys.argv[1])
 tokenizer = models.load_tokenizer(profile)
 read = [text.contexts(profile, tokenizer, split, 8, seed=None) for split in ("validation", "test", "train")]
-if sys.argv[2] == "fetch":
-    hub.fetch(profile, hub.needs(profile))
 model = models.load_model(profile)
 saes = [load_sae(profile, name, model) for name in ("small", "large")]
 print(models.fingerprint(model), torch.stack(read).sum((1, 2)).tolist(), [s.n_latents for s in saes])
@@ -88,39 +90,41 @@ except UserError as error:
 """
 
 
-def look(*arguments, **environment):
+def called(*arguments, **environment):
     found = subprocess.run(
-        [sys.executable, "-c", LOOK, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True,
-        env=os.environ | environment,
-    )  # fmt: skip
+        [sys.executable, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, env=os.environ | environment
+    )
     assert found.returncode == 0, found.stderr
     return found
 
 
-def test_after_fetch_everything_loads_offline_and_is_the_same(served, tmp_path):
+def test_after_fetch_everything_loads_offline(served, tmp_path):
+    """In processes of their own; nothing but `saelib fetch` was online before."""
     (tmp_path / "narrow.yml").write_text(PROFILE)
-    first = look(tmp_path / "narrow.yml", "fetch")
+    called("-m", "saelib.cli", "fetch", "--profile", tmp_path / "narrow.yml")
     asked = {path.rsplit("/", 1)[1] for method, path, _ in served.log if method == "GET"}
     assert not {"tf_model.h5", "pytorch_model.bin", "decoder_model.onnx"} & asked
     shards = {path for method, path, part in served.log if method == "GET" and path.endswith(".parquet") and not part}
     assert len(shards) == 3  # of 4: 0.3 of the documents to evaluate on, 0.4 of the tokens to train on, and 2 %
     served.log.clear()
-    then = look(tmp_path / "narrow.yml", "look", HF_HUB_OFFLINE="1")
-    assert then.stdout == first.stdout and "[64, 96]" in then.stdout
+    then = called("-c", LOOK, tmp_path / "narrow.yml", HF_HUB_OFFLINE="1")
+    local = load_model(override(load_profile("gpt2-small"), {"model.name": str(served.folder / "gpt2")}))
+    assert then.stdout.startswith(fingerprint(local)) and "[64, 96]" in then.stdout
     assert "refused: cannot reach the server of nobody/nothing: `saelib fetch`" in then.stderr
-    assert "404" in first.stderr and "Traceback" not in first.stderr + then.stderr
-    assert not served.log
+    assert "Traceback" not in then.stderr and not served.log
 
 
 @pytest.mark.long
-def test_the_full_size_is_fetched_and_loads_offline(tmp_path):
+def test_the_full_size_loads_offline_and_is_the_same(tmp_path):
     """12 layers of 768, 50,257 tokens, 128k latents: three minutes, and 8 GB of disk while it runs."""
     (tmp_path / "narrow.yml").write_text(PROFILE)
     sizes = {"n_embd": 768, "n_head": 12, "vocab_size": 50_257, "latents": {"32k": 32_768, "128k": 131_072}}
     with local_hub(tmp_path, **SIZES | sizes) as served:
-        first = look(tmp_path / "narrow.yml", "fetch")
-    then = look(tmp_path / "narrow.yml", "look", **served.environment, HF_HUB_OFFLINE="1")
+        called("-m", "saelib.cli", "fetch", "--profile", tmp_path / "narrow.yml")
+        first = called("-c", LOOK, tmp_path / "narrow.yml")
+    then = called("-c", LOOK, tmp_path / "narrow.yml", **served.environment, HF_HUB_OFFLINE="1")
     assert then.stdout == first.stdout and "[32768, 131072]" in then.stdout
+    assert "404" in first.stderr and "Traceback" not in first.stderr + then.stderr
     shutil.rmtree(tmp_path)
 
 
@@ -210,11 +214,11 @@ def test_a_file_that_is_not_that_of_the_first_download_is_refused(served, profil
     get(profile, "saes")
     shutil.rmtree(train.BUILD)
     monkeypatch.setattr(remote, "TRIES", 1)
-    monkeypatch.setitem(served.repos, ("models", "jbloom/GPT2-Small-OAI-v5-32k-resid-post-SAEs"), {"main": {}})
     path = "gpt2-small/resid_post_mlp_v5_32k/autoencoders/8.pt"
     monkeypatch.setitem(served.blobs, path, served.folder / "128k.pt")
-    with pytest.raises(UserError, match=r"not what it was.*jbloom"):
-        get(profile, "saes")
+    with pytest.raises(UserError, match=r"not what it was when it was first fetched"):
+        get(profile, "saes")  # though the copy on the hub is there
+    assert not any("jbloom" in path for _, path, _ in served.log)
     assert not list(train.BUILD.rglob("*.partial"))
 
 
@@ -238,7 +242,10 @@ def test_checkpoints_are_those_the_chapters_load_or_all(served, waits):
     every = hub.needs(stanford, "checkpoints")
     assert len(every) == len({item.source for item in every}) == 609
     few = hub._checkpoints(stanford, every=False)
-    assert len(few) == hub.SEEN and {few[0].revision, few[-1].revision} == {"checkpoint-0", "checkpoint-400000"}
+    assert len(few) == hub.SEEN == runner.chapters()[0].parameters["n_checkpoints"] and {
+        few[0].revision,
+        few[-1].revision,
+    } == {"checkpoint-0", "checkpoint-400000"}
     assert {item.bytes for item in few} == {few[0].bytes}
     hub.fetch(stanford, few[:2])
     files = {file.path for file in few[0].files}
@@ -255,6 +262,33 @@ def test_without_a_server_the_record_answers(served, profile, waits, monkeypatch
     assert item.bytes is None and not item.there and "unknown" in hub.table([item])
     with pytest.raises(UserError, match="cannot reach the server of some/other: `saelib fetch`"):
         hub.fetch(other, [item])
+
+
+def test_folders_of_one_disk_share_its_room(tmp_path, monkeypatch):
+    (tmp_path / "a").mkdir()
+    monkeypatch.setattr(hub.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 0, 100))
+    hub.check_space([(tmp_path / "a", 60), (tmp_path, 30)])
+    with pytest.raises(UserError, match="text.documents and text.tokens"):
+        hub.check_space([(tmp_path / "a", 60), (tmp_path / "not" / "there", 60)])
+
+
+def test_of_what_is_partly_there_only_the_rest_counts(served, profile, waits):
+    (item,) = get(profile, "model")
+    weights = next(file for file in item.files if file.path == "model.safetensors")
+    Path(item.cached(weights)).unlink()
+    (partly,) = hub.needs(profile, "model")
+    assert (item.left, partly.left) == (0, weights.bytes) and hub.to_come([partly]) == [(item.where, weights.bytes)]
+
+
+def test_what_a_server_asks_for_and_forbids(served, profile, waits):
+    served.faults.append(Fault(401, "api/models"))
+    with pytest.raises(UserError, match="401, accept its licence there, and set HF_TOKEN"):
+        hub.needs(profile, "model")
+    date = formatdate(time.time() + 60, usegmt=True)
+    assert remote._asked("7") == 7 and 57 < remote._asked(date) < 61 and remote._asked("soon") is None
+    remote.RECORD.write_text("{")
+    with pytest.raises(UserError, match="record.json is damaged: delete it"):
+        hub.needs(profile, "model")
 
 
 def test_too_small_a_disk_is_said_before_anything_is_got(served, profile, waits, monkeypatch):

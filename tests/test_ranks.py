@@ -125,7 +125,7 @@ def test_a_text_of_fewer_contexts_than_processes_is_refused(profile, model):
 
 def trained(rank, folder):
     """Two groups of two: the batches that each process steps on."""
-    profile, seen = load_profile(folder / "tiny.yml"), []
+    profile, seen, train.SAMPLE = load_profile(folder / "tiny.yml"), [], 512
     step = train.Trainer.step
     train.Trainer.step = lambda trainer, x: seen.append(x.clone()) or step(trainer, x)
     source = Streamed(profile, load_model(profile))
@@ -226,16 +226,17 @@ def test_a_state_of_one_process_from_before_still_resumes(tmp_path, monkeypatch)
     assert all(torch.equal(value, weights(sae)[name]) for name, value in weights(again).items())
 
 
-def two(rank, folder, name, out, fault):
-    """Train on text among two processes, the latents shared; one of them is killed."""
+def two(rank, folder, meeting, outs, fault):
+    """Train on text among two processes, the latents shared, once in each folder; one of them is killed."""
     torch.set_num_threads(1)
-    train.LOG_EVERY, train.SAVE_EVERY = 3, 6
+    train.LOG_EVERY, train.SAVE_EVERY, train.SAMPLE = 3, 6, 512
     profile = load_profile(folder / "tiny.yml")
-    dist.init_process_group("gloo", init_method=f"file://{out.parent / name}", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
     source = Streamed(profile, load_model(profile))
     if fault and rank == 1:  # half its second state is written
         on_call(torch, "save", 2)
-    fit(source, LONG.model_copy(update={"n_latents": 48}), 3, out=out, resume=True, shards=2)
+    for out in outs:
+        fit(source, LONG.model_copy(update={"n_latents": 48, "tokens": 32 * 24}), 3, out=out, resume=True, shards=2)
     dist.destroy_process_group()
 
 
@@ -244,18 +245,18 @@ def states(out):
 
 
 def test_processes_that_were_killed_repeat_the_bits(folder, tmp_path):
-    for name, out in (("straight", tmp_path / "straight"), ("again", tmp_path / "out")):
-        for fault in [True, False] if name == "again" else [False]:
-            codes = ends(children(two, folder, f"{name} {fault}", out, fault, number=2))
-            assert codes[0] != 0 and codes[1] == -signal.SIGKILL if fault else codes == [0, 0]
-    one, other = (states(tmp_path / name) for name in ("straight", "out"))
+    straight, out = tmp_path / "straight", tmp_path / "out"
+    codes = ends(children(two, folder, tmp_path / "killed", [out], True, number=2))
+    assert codes[0] != 0 and codes[1] == -signal.SIGKILL and states(out)
+    assert ends(children(two, folder, tmp_path / "again", [out, straight], False, number=2)) == [0, 0]
+    one, other = states(straight), states(out)
     assert len(one) == len(other) == 2
     for before, after in zip(one, other, strict=True):
         for key in ("sae", "moments", "average", "since_fired"):
             pairs = zip(flat(before[key]), flat(after[key]), strict=True)
             assert all(torch.equal(a, b) for a, b in pairs), key
         lines = [[{**line, "seconds": 0} for line in state["lines"]] for state in (before, after)]
-        assert lines[0] == lines[1] and len(lines[0]) == 20
+        assert lines[0] == lines[1] and len(lines[0]) == 8
 
 
 def flat(value):
@@ -330,15 +331,28 @@ CELLS = [
 
 
 def chapters(rank, folder, port):
-    """`saelib run` as torchrun starts it."""
+    """`saelib run` as torchrun starts it, where only the first process sees that the first chapter is done."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     runner.NOTEBOOKS = folder / "notebooks"
+    runner._last_run = lambda path, _: ("done" if rank == 0 and path.stem == "00_done" else "not run", None)
     runner.run(out=folder / "out")
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert ranks.gpu() == 1
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(UserError, match=r"more processes than GPUs here \(2\): torchrun --nproc-per-node=2"):
+        ranks.gpu()
+    monkeypatch.setenv(ranks.MEETING, "01_one")
+    assert ranks.gpu() == 0
 
 
 def test_chapters_share_their_work_and_the_first_process_keeps_it(tmp_path):
     (tmp_path / "notebooks").mkdir()
-    for name in ("01_one", "02_two"):
+    for name in ("00_done", "01_one", "02_two"):
         title, parameters, work = CELLS
         cells = [nbformat.v4.new_markdown_cell(title), nbformat.v4.new_code_cell(parameters)]
         cells[1].metadata["tags"] = ["parameters"]

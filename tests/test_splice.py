@@ -189,6 +189,10 @@ def test_ablations_are_what_they_say():
     assert not torch.equal(drawn, splice.resample(pool, seed=2)(x))
     part = splice.only(slice(1, 3), splice.zero)(x)
     assert (part[:, 1:3] == 0).all() and torch.equal(part[:, [0, 3, 4]], x[:, [0, 3, 4]]) and x.all()
+    called, skipped = (splice.only(slice(-3, -1), splice.resample(pool, seed=1)) for _ in range(2))
+    called(x)
+    skipped.skip(x.shape[:2])
+    assert torch.equal(called(x), skipped(x))
 
 
 def test_the_mean_is_normalised_error_one(model, tokens):

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
+import signal
+import subprocess
+import sys
+import time
 
 import nbformat
 import pandas as pd
+import psutil
 import pytest
+import yaml
 from click.testing import CliRunner
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
@@ -32,8 +36,12 @@ if mode == "mine":
 if mode == "lethal" or (mode == "killed" and not again):
     os.kill(worker, signal.SIGKILL)
     signal.pause()
+if mode == "endless":
+    (folder / "pid").write_text(str(os.getpid()))
+    signal.pause()
 recipe = load_profile(profile).recipe
 numbers = {"lr": recipe.rate, "k": recipe.k, "curve": [1, 2], "threads": int(os.environ["MKL_NUM_THREADS"]), "state": 3}
+numbers["gpu"] = os.environ.get("CUDA_VISIBLE_DEVICES")
 values = {name: {"value": value} for name, value in numbers.items()}
 (folder / "results").mkdir()
 (folder / "results" / "toy.json").write_text(json.dumps({"values": values}))"""
@@ -74,13 +82,15 @@ def runs(out):
 def test_a_grid_of_parameters_and_profile_values_on_local_processes(toy, tmp_path, monkeypatch):
     (tmp_path / "my.yml").write_text("extends: docstring-gpt\nname: mine\nrecipe: {k: 8}\n")
     monkeypatch.chdir(tmp_path)
-    ended = call(toy, "recipe.lr=1e-4,2e-4", "seed=7", profile="my.yml", out="out")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    ended = call(toy, "recipe.lr=1e-4,2e-4", "seed=7", profile="my.yml", out="out", jobs=2)
     assert (ended.exit_code, ended.output) == (0, "2 of 2 points done: out/rows.csv\n")
     table = pd.read_csv("out/rows.csv")
     assert list(table.columns[:6]) == ["recipe.lr", "seed", "state", "error", "seconds", "host"]
     assert list(table.lr) == list(table["recipe.lr"]) == [1e-4, 2e-4]
     assert set(table.k) == {8} and set(table.state) == {"done"} and set(table.seed) == {7}
-    assert "curve" not in table and list(table.threads) == [len(os.sched_getaffinity(0))] * 2
+    assert "curve" not in table and set(table.threads) == {max(1, len(os.sched_getaffinity(0)) // 2)}
+    assert set(table.gpu) == {3, 5}
     assert {"toy.ipynb", "profile.yml"} < {path.name for path in (tmp_path / "out").glob("recipe.lr=0.0002*/*")}
 
 
@@ -124,7 +134,8 @@ def test_a_points_profile_is_the_given_one_with_its_values(toy, tmp_path):
     (point,), _ = sweeps.points(str(toy), grid, "docstring-gpt", tmp_path)
     point.folder.mkdir()
     file = point.folder / "profile.yml"
-    file.write_text(json.dumps(point.profile))
+    file.write_text(yaml.safe_dump(point.profile.model_dump(mode="json")))
+    assert load_profile(file) == point.profile
     own, base = load_profile(file), load_profile("docstring-gpt")
     assert own.recipe_of("small").k == 4 and own.activations.positions == (1, None)
     assert (own.name, own.recipe_of("large")) == (base.name, base.recipe_of("large"))
@@ -144,6 +155,12 @@ def test_the_grid_is_the_product_of_json_values_or_words():
         (["seed"], {}, "give each key once, and its values"),
         (["seed="], {}, "give each key once, and its values"),
         (["seed=1", "seed=2"], {}, "give each key once, and its values"),
+        (["seed=0,1,0"], {}, "and its values, each once"),
+        (
+            ["recipe.n_latents=512,1024"],
+            {},
+            "changes nothing, since every SAE of the profile says its own: sweep one of saes.small.recipe.n_latents, ",
+        ),
         (["sed=1"], {}, "toy has no parameter 'sed'; it has: seed, mode"),
         (["seed=1,many"], {}, "'many' is of another type"),
         (["recipe.lrr=1"], {}, "unknown key 'recipe.lrr'"),
@@ -187,16 +204,23 @@ def test_workers_that_see_another_checkout_are_refused(toy, tmp_path, cluster, m
     assert ended.exit_code == 2 and "does not see" in ended.stderr and ended.stderr.count("\n") == 1
 
 
-def test_an_interrupted_sweep_leaves_a_sound_table(toy, tmp_path, monkeypatch):
-    def stopped(client, todo, slots):
-        todo[0].keep("done", None, 1.0, {"k": 5})
-        yield todo[0]
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(sweeps, "_ended", stopped)
-    monkeypatch.setattr(sweeps, "_slots", lambda client, out: {})
-    monkeypatch.setattr(sweeps, "_cluster", lambda scheduler, jobs: contextlib.nullcontext())
-    with pytest.raises(KeyboardInterrupt):
-        sweeps.sweep(str(toy), ["seed=0,1"], "docstring-gpt", out=tmp_path)
+@pytest.mark.long
+def test_an_interrupted_sweep_leaves_a_sound_table_and_no_kernel(toy, tmp_path):
+    """Ctrl-C goes to the command and its workers; kernels are in a session of their own, and end all the same."""
+    command = [sys.executable, "-m", "saelib.cli", "sweep", str(toy), "-g", "mode=fine,endless", "--out", str(tmp_path)]
+    with subprocess.Popen(command, start_new_session=True, stdout=-3, stderr=-3) as running:
+        wait(lambda: [path for path in tmp_path.glob("*/pid") if path.read_text()])
+        (kernel,) = (int(path.read_text()) for path in tmp_path.glob("*/pid"))
+        assert psutil.pid_exists(kernel)
+        os.killpg(running.pid, signal.SIGINT)
+        assert running.wait(20) == 1
+    wait(lambda: not psutil.pid_exists(kernel))
     table = pd.read_csv(tmp_path / "rows.csv")
-    assert list(table.state) == ["done", "not run"] and table.k[0] == 5
+    assert list(table.state) == ["done", "not run"] and table.k[0] == 16
+
+
+def wait(until, seconds=40):
+    end = time.monotonic() + seconds
+    while not until():
+        assert time.monotonic() < end
+        time.sleep(0.1)

@@ -289,9 +289,34 @@ def test_a_step_has_the_plain_gradients(monkeypatch, latent_bias, precision):
         same(other, one, 1e-4)
 
 
+def test_the_kernels_compile_for_a_gpu(tmp_path):
+    """The interpreter takes what the compiler does not."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(ROOT / "tests" / "compiled.py")]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0 and run.stdout.count("\n") == 14, run.stderr
+
+
 # --- the benchmark ----------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def benchmark(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import gpu
+
+    return gpu
+
+
+def test_the_table_has_what_failed_and_what_is_missing(benchmark):
+    failed, other = {"title": "floor", "failed": "out of memory"}, {"title": "ours", "rounds": [], "facts": {}}
+    speeds = {"tokens_s": 2000.0, "least": 1000.0, "most": 3000.0, "peak_mb": 5.0}
+    rows = {"floor": failed, "ours": other | speeds}
+    page = benchmark.page({"plumbing": True, "configurations": {"n 8": {"systems": rows}}})
+    assert "| out of memory |" in page and "| 2,000 (1,000–3,000) | 5 |" in page and "not yet" in page
+
+
+@pytest.mark.long
 def test_the_benchmarks_plumbing(tmp_path):
     command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--quick", "--out", str(tmp_path)]
     subprocess.run(command, check=True, capture_output=True, timeout=120)
@@ -307,6 +332,9 @@ def test_the_benchmarks_plumbing(tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: it would measure")
-def test_without_a_gpu_the_benchmark_says_so():
-    run = subprocess.run([sys.executable, str(ROOT / "benchmarks" / "gpu.py")], capture_output=True, text=True)
-    assert run.returncode == 2 and run.stderr.startswith("no GPU here") and run.stderr.count("\n") == 1
+def test_without_a_gpu_the_benchmark_says_so(benchmark, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["gpu.py"])
+    with pytest.raises(SystemExit, match="2"):
+        benchmark.main()
+    said = capsys.readouterr().err
+    assert said.startswith("no GPU here") and said.count("\n") == 1
