@@ -84,7 +84,7 @@ def test_a_grid_of_parameters_and_profile_values_on_local_processes(toy, tmp_pat
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
     ended = call(toy, "recipe.lr=1e-4,2e-4", "seed=7", profile="my.yml", out="out", jobs=2)
-    assert (ended.exit_code, ended.output) == (0, "2 of 2 points done: out/rows.csv\n")
+    assert (ended.exit_code, ended.stdout) == (0, "2 of 2 points done: out/rows.csv\n")
     table = pd.read_csv("out/rows.csv")
     assert list(table.columns[:6]) == ["recipe.lr", "seed", "state", "error", "seconds", "host"]
     assert list(table.lr) == list(table["recipe.lr"]) == [1e-4, 2e-4]
@@ -108,7 +108,7 @@ def test_failures_are_isolated_and_retried_once_on_a_cluster(toy, tmp_path, clus
     (kept,) = tmp_path.glob("mode=bad*/toy.ipynb")
     assert nbformat.read(kept, as_version=4).metadata["saelib"]["state"] == "failed"
     again = call(toy, "mode=fine,killed,other", **where)
-    assert (again.exit_code, again.output.split(" points")[0]) == (0, "3 of 3")
+    assert (again.exit_code, again.stdout.split(" points")[0]) == (0, "3 of 3")
     assert runs(tmp_path) == times | {"mode=other": 1}
 
 
