@@ -219,7 +219,7 @@ def _sizes(items: list[Item]) -> str:
     left = [item.left for item in items]
     here = sum(item.bytes - item.left for item in items if item.bytes and item.left is not None)
     missing = "    unknown" if None in left else f"{sum(left) / 1e6:>8,.1f} MB"
-    return f"{here / 1e6:>8,.1f} MB  to fetch {missing}"
+    return f"{here / 1e6:>8,.1f} MB here {missing} to fetch"
 
 
 # --- getting it -------------------------------------------------------------------------------------------------------
