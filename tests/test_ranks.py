@@ -10,14 +10,14 @@ import socket
 
 import nbformat
 import pytest
+import tiny
 import torch
 import torch.distributed as dist
 from test_train import LONG, Planted, Stops, children, ends, on_call, small, weights
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from saelib import UserError, activations, metrics, ranks, runner, sparsity, splice, train
 from saelib.activations import Cached, Streamed
-from saelib.models import load_model, load_tokenizer
+from saelib.models import load_model
 from saelib.profile import load_profile
 from saelib.sae import SAE
 from saelib.train import fit
@@ -28,27 +28,9 @@ CONTEXT = 16
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A tiny GPT-2 with random weights that have a say, a text of a hundred contexts, and a profile of both."""
-    path = tmp_path_factory.mktemp("ranks")
-    torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=4096, n_positions=128, n_embd=8, n_layer=3, n_head=2, bos_token_id=0, eos_token_id=0,
-        resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, initializer_range=0.3,
-    )  # fmt: skip
-    GPT2LMHeadModel(config).save_pretrained(path / "model")
-    load_tokenizer(load_profile("docstring-gpt")).save_pretrained(path / "model")
-    word = "alpha beta gamma delta epsilon zeta eta theta".split()
-    parts = [" ".join(word[(i * i + i * j + j) % 8] for j in range(20)) + f" {i}" for i in range(40)]
-    (path / "text.txt").write_text("\n\n".join(parts))
-    (path / "tiny.yml").write_text(f"""
-name: tiny
-model: {{name: {path}/model}}
-text: {{source: local, path: {path}/text.txt}}
-hook: blocks.1.hook_resid_post
-context_length: {CONTEXT}
-device: cpu
-activations: {{block: 10}}
-""")
-    return path
+    still = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0)
+    given = {"layers": 3, "length": 20, "documents": 40, "initializer_range": 0.3, **still}
+    return tiny.write(tmp_path_factory.mktemp("ranks"), "activations: {block: 10}", **given)
 
 
 @pytest.fixture(scope="module")
@@ -315,7 +297,10 @@ def broken(rank, folder):
 
 def test_a_process_whose_sibling_died_says_so(tmp_path):
     assert ends(children(member, 2, tmp_path, broken, number=2), within=30) == [0, 3]
-    assert torch.load(tmp_path / "meeting-0.pt") == "another process of this run has stopped: its own error says why"
+    assert (
+        torch.load(tmp_path / "meeting-0.pt", weights_only=True)
+        == "another process of this run has stopped: its own error says why"
+    )
 
 
 # --- chapters ---------------------------------------------------------------------------------------------------------

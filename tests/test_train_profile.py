@@ -4,39 +4,24 @@ import os
 import signal
 
 import pytest
+import tiny
 import torch
 from test_train import assert_same, at_batch, children, ends, outcome
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from saelib import activations, ranks, train
 from saelib.formats import load
-from saelib.models import load_tokenizer
 from saelib.profile import load_profile, override
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A profile with a tiny model of random weights, a text of its own, and one small SAE."""
-    path = tmp_path_factory.mktemp("profile")
-    torch.manual_seed(0)
-    config = GPT2Config(vocab_size=4096, n_positions=128, n_embd=8, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
-    GPT2LMHeadModel(config).save_pretrained(path / "model")
-    load_tokenizer(load_profile("docstring-gpt")).save_pretrained(path / "model")
-    words = "alpha beta gamma delta epsilon zeta eta theta".split()
-    parts = [" ".join(words[(i * i + i * j + j) % 8] for j in range(30)) + f" {i}" for i in range(400)]
-    (path / "text.txt").write_text("\n\n".join(parts))
-    (path / "tiny.yml").write_text(f"""
-name: tiny
-model: {{name: {path}/model}}
-text: {{source: local, path: {path}/text.txt}}
-hook: blocks.0.hook_resid_post
-context_length: 16
-device: cpu
-activations: {{block: 20}}
-recipe: {{n_latents: 32, k: 4, k_aux: 4, batch: 40, tokens: 2400, dead_after: 400}}
-saes: {{one: {{}}}}
-""")
-    return path
+    rest = """
+activations: {block: 20}
+recipe: {n_latents: 32, k: 4, k_aux: 4, batch: 40, tokens: 2400, dead_after: 400}
+saes: {one: {}}
+"""
+    return tiny.write(tmp_path_factory.mktemp("profile"), rest, layers=2, length=30, documents=400)
 
 
 def run(rank, folder, out, cache, fault=None, processes=1):
