@@ -297,13 +297,14 @@ def training(c: Cost, recipe: Recipe) -> Memory:
     """Of `train.fit`. Counted as if all latents were dead at once, when AuxK holds the most."""
     d, n, batch = c.of.d_model, recipe.n_latents, recipe.batch
     context, tile = c.profile.context_length, 4 * min(ops.PRODUCT, batch * n)
+    rows = min(batch, ops.ROWS) if c.device == "cpu" else batch
     kept = len(range(context)[slice(*c.profile.activations.positions)])
     return harvesting(c) | {
         "weights, gradients, two moments, average": 5 * 4 * sae_parameters(recipe, d) + 8 * n,
         "weights in bfloat16": 2 * n * d * (recipe.precision == "bfloat16"),
         "two blocks of activations": 2 * c.profile.activations.block * (4 * kept * d + 16 * context),
         "vectors of a batch": batch * (6 * 4 * d + 48 * recipe.k),
-        "a tile of pre-activations": tile,
+        "a tile of pre-activations": min(tile, 4 * rows * n),
         "dead latents": (2 * tile + 3 * 4 * n * d) * bool(recipe.k_aux),
     }
 

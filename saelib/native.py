@@ -92,17 +92,18 @@ def _arguments(*values: Tensor | int | float) -> list:
 
 
 def topk(
-    x: Float[Tensor, "rows n"], k: int, columns: Int[Tensor, "m"] | None = None, most: int = 0
-) -> tuple[Float[Tensor, "rows k"], Int[Tensor, "rows k"], Float[Tensor, "rows m"]] | None:
+    x: Float[Tensor, "rows n"], k: int, columns: Int[Tensor, "m"] | None = None, most: int = 0,
+    z: Float[Tensor, "rows m"] | None = None,
+) -> tuple[Float[Tensor, "rows k"], Int[Tensor, "rows k"]] | None:  # fmt: skip
     """`ops.topk_and_largest`, or None where the kernel does not apply: wide selections, and what is not a number."""
     columns = torch.empty(0, dtype=torch.int64) if columns is None else columns
-    kernels = _usable(x, places=(columns,)) if 1 <= k <= x.shape[1] // 4 else None
+    z = x.new_empty(len(x), 0) if z is None else z
+    kernels = _usable(x, z, places=(columns,)) if 1 <= k <= x.shape[1] // 4 else None
     if kernels is None:
         return None
     values, indices = x.new_empty(len(x), k), torch.empty(len(x), k, dtype=torch.int64)
-    z = x.new_empty(len(x), len(columns))
     bad = kernels.topk(*_arguments(x, *x.shape, k, values, indices, columns, len(columns), most, z))
-    return None if bad else (values, indices, z)
+    return None if bad else (values, indices)
 
 
 def gradients(starts, order, z, g, x, W_dec, to_dec, to_enc, to_latent) -> bool:

@@ -153,8 +153,8 @@ class Sparse:
     def __init__(self, sae: SAE, recipe: Recipe, constant: float, world: World | None = None):
         self.sae, self.recipe, self.constant = sae, recipe, constant
         self.world = world or World()
-        self.memory = torch.empty(0)
-        """Of the pre-activations, a tile of rows at a time."""
+        self.memory: dict[str, Tensor] = {}
+        """Of the pre-activations, a tile of rows at a time, and of those of dead latents."""
         for parameter in sae.parameters():
             parameter.grad = torch.zeros_like(parameter)
 
@@ -171,7 +171,9 @@ class Sparse:
         number = int(world.over_latents(dead.sum()))  # of all shards: each takes part where any has a dead latent
         buried = dead.nonzero()[:, 0]
         most = min(recipe.k_aux, number)
-        values, indices, z_aux = ops.encode(centred, encoder, min(wide, sae.n_latents), buried, most)
+        whole = len(ops.tiles(len(x), sae.n_latents)) == 1
+        z_aux = self._room("dead", len(x), len(buried)) if number and whole else None
+        values, indices, seen = ops.encode(centred, encoder, min(wide, sae.n_latents), buried, most, z_aux)
         z = world.keep(values, recipe.k).relu()
         error, mse = self._error(z, indices, centred, weight)  # x - x_hat
         mse = mse * per_token
@@ -186,7 +188,7 @@ class Sparse:
         self.d_latent = ops.gradients(indices, active, g, centred, sae.W_dec, sae.W_dec.grad, sae.W_enc.grad)
         aux = x.new_zeros(())
         if number:
-            aux = self._auxiliary(z_aux, encoder, centred, error, buried, most, weight)
+            aux = self._auxiliary(z_aux if seen else None, encoder, centred, error, buried, most, weight)
             loss = loss + recipe.aux_coefficient * aux
         self._biases(g.sum((0, 1)))
         fired = torch.zeros(sae.n_latents, dtype=torch.int32, device=x.device)
@@ -202,11 +204,16 @@ class Sparse:
         return error, self.world.over_tokens((squares if weight is None else squares * weight[:, 0]).sum())
 
     def _encoder(self, batch: int) -> ops.Encoder:
-        sae, rows = self.sae, ops.tiles(batch, self.sae.n_latents)[0].stop
-        if self.memory.shape != (rows, sae.n_latents):
-            self.memory = sae.W_enc.new_empty(rows, sae.n_latents)
+        sae = self.sae
+        rows = ops.tiles(batch, sae.n_latents, None if sae.W_enc.is_cuda else ops.ROWS)[0].stop
         weight = sae.W_enc if self.recipe.precision == "float32" else sae.W_enc.bfloat16()
-        return ops.Encoder(weight, sae.latent_bias, self.memory)
+        return ops.Encoder(weight, sae.latent_bias, self._room("pre", rows, sae.n_latents))
+
+    def _room(self, use: str, rows: int, columns: int) -> Float[Tensor, "rows columns"]:
+        """Memory that is kept for a use, and grows when it must."""
+        if use not in self.memory or self.memory[use].numel() < rows * columns:
+            self.memory[use] = self.sae.W_enc.new_empty(rows * columns)
+        return self.memory[use][: rows * columns].view(rows, columns)
 
     def _auxiliary(
         self, z: Float[Tensor, "batch dead"] | None, encoder: ops.Encoder, centred: Float[Tensor, "batch d_model"],
@@ -237,11 +244,11 @@ class Sparse:
             values, indices = z.topk(min(k, len(dead)))
             kept = world.keep(torch.nn.functional.pad(values, (0, k - values.shape[1])), k)
             z = torch.zeros_like(z).scatter_(1, indices, kept[:, : values.shape[1]])
-        difference = world.over_latents(z @ W_dec).sub_(error)
+        difference = torch.mm(z, W_dec, out=self._room("difference", *error.shape))
+        difference = world.over_latents(difference).sub_(error)
         squares = torch.linalg.vecdot(difference, difference)
-        g = _times(difference, weight, factor)
-        spent = self.memory.view(-1)[: z.numel()].view_as(z)  # pre-activations are not needed any more, their memory is
-        d_z = torch.mm(g, W_dec.T, out=spent)
+        g = difference.mul_(factor if weight is None else factor * weight)
+        d_z = torch.mm(g, W_dec.T, out=self._room("pre", *z.shape))  # where pre-activations were
         torch.ops.aten.threshold_backward.grad_input(d_z, z, 0, grad_input=d_z)  # in one pass: 0 where z is
         sae.W_dec.grad.index_add_(0, dead, (g.T @ z).T)  # this way round the product is faster
         sae.W_enc.grad.index_add_(0, dead, (centred.T @ d_z).T)

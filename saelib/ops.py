@@ -22,6 +22,8 @@ TILE = 2**20
 """Floats of a gradient that are computed at once: they stay in cache, and their memory is used again."""
 PRODUCT = 2**28
 """Pre-activations that are held at a time: 1 GiB, where the paper's batch of 131,072 tokens would make 64."""
+ROWS = 1024
+"""Rows of them that a CPU makes at a time. Top-k finds some of few rows in cache; the product wants many."""
 
 
 def topk(x: Float[Tensor, "*batch n"], k: int) -> tuple[Float[Tensor, "*batch k"], Int[Tensor, "*batch k"]]:
@@ -54,16 +56,16 @@ def _staged(x: Float[Tensor, "rows n"], k: int, sort: bool = True) -> tuple[Tens
 
 
 def topk_and_largest(
-    x: Float[Tensor, "rows n"], k: int, columns: Int[Tensor, "m"], most: int
-) -> tuple[Float[Tensor, "rows k"], Int[Tensor, "rows k"], Float[Tensor, "rows m"]]:
-    """`topk`, and some columns of x with all but the `most` largest positive values of each row set to 0.
+    x: Float[Tensor, "rows n"], k: int, columns: Int[Tensor, "m"], most: int, z: Float[Tensor, "rows m"]
+) -> tuple[Float[Tensor, "rows k"], Int[Tensor, "rows k"]]:
+    """`topk`, and into z some columns of x with all but the `most` largest positive values of each row set to 0.
 
     Compiled, both look at a row while it is in cache.
     """
-    found = native.topk(x, k, columns, most)
-    if found is not None:
-        return found
-    return *topk(x, k), largest(x.index_select(1, columns), most)
+    found = native.topk(x, k, columns, most, z)
+    if found is None:
+        z.copy_(largest(x.index_select(1, columns), most))
+    return found or topk(x, k)
 
 
 def largest(x: Float[Tensor, "rows m"], most: int) -> Float[Tensor, "rows m"]:
@@ -72,9 +74,9 @@ def largest(x: Float[Tensor, "rows m"], most: int) -> Float[Tensor, "rows m"]:
     return torch.zeros_like(x).scatter_(1, indices, values)
 
 
-def tiles(rows: int, n: int) -> list[slice]:
-    """Runs of rows whose pre-activations, n each, are at most `PRODUCT` floats."""
-    size = max(1, PRODUCT // n)
+def tiles(rows: int, n: int, most: int | None = None) -> list[slice]:
+    """Runs of rows, at most `most`, whose pre-activations, n each, are at most `PRODUCT` floats."""
+    size = max(1, min(PRODUCT // n, most or rows))
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
@@ -105,24 +107,28 @@ class Encoder(NamedTuple):
 
 
 def encode(
-    x: Float[Tensor, "batch d_model"], encoder: Encoder, k: int, columns: Int[Tensor, "m"], most: int
-) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"], Float[Tensor, "batch m"] | None]:
+    x: Float[Tensor, "batch d_model"], encoder: Encoder, k: int, columns: Int[Tensor, "m"], most: int,
+    z: Float[Tensor, "batch m"] | None = None,
+) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"], bool]:  # fmt: skip
     """`topk_and_largest` of the pre-activations, never holding more than `PRODUCT` of them.
 
-    Where they are not all held at once, the columns are not looked at: None stands for them.
+    Without z, and where one kernel chooses while it multiplies, the columns are not looked at; the last value says
+    whether they were.
     """
-    parts = tiles(len(x), len(encoder.weight))
+    parts = tiles(len(x), len(encoder.weight), None if x.is_cuda else ROWS)
     if kernels_triton.usable(x, encoder.weight) and (
         found := kernels_triton.encode_topk(x, encoder.weight, encoder.bias, k)
     ):
         values, indices, doubt = found
         for rows in doubt.nonzero()[:, 0].split(parts[0].stop):
             values[rows], indices[rows] = topk(encoder(x[rows]), k)
-        return values, indices, None
-    if len(parts) == 1:
-        return topk_and_largest(encoder(x), k, columns, most)
-    found = [topk(encoder(x[part]), k) for part in parts]
-    return *(torch.cat(kind) for kind in zip(*found, strict=True)), None
+        return values, indices, False
+    values, indices = x.new_empty(len(x), k), torch.empty(len(x), k, dtype=torch.int64, device=x.device)
+    for part in parts:
+        pre = encoder(x[part])
+        found = topk(pre, k) if z is None else topk_and_largest(pre, k, columns, most, z[part])
+        values[part], indices[part] = found
+    return values, indices, z is not None
 
 
 def decode(

@@ -5,7 +5,7 @@ from unittest import mock
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -55,8 +55,10 @@ def assert_equal(found):
     st.sampled_from(["normalized", "raw"]), st.sampled_from([ops.PRODUCT, 200, 1]),
 )  # fmt: skip
 def test_gradients_equal_autograd(seed, batch, n, d, k, k_aux, bias, multi, normalize, space, product):
+    assume(d > 2 or normalize == "none")  # normalised, two numbers are signs: equal errors, AuxK divides rounding by it
     values = {"k": min(k, n), "k_aux": k_aux, "latent_bias": bias, "multi_topk": multi}
-    with mock.patch.object(ops, "PRODUCT", product):  # in tiles of few rows, too
+    rows = ops.ROWS if seed % 2 else 3
+    with mock.patch.multiple(ops, PRODUCT=product, ROWS=rows):  # in tiles of few rows, too
         assert_equal(both(*setup(seed, batch, n, d, normalize=normalize, loss_space=space, **values)))
 
 

@@ -54,11 +54,19 @@ def test_what_the_kernels_do_not_take_is_left_to_torch():
     assert native.topk(x, 0) is None and ops.topk(x, 0)[0].shape == (4, 0)
     assert native.topk(x, 26) is None and native.topk(x.T, 1) is None and native.topk(x.double(), 1) is None
     columns = torch.arange(0, 100, 2)
-    expected = ops.topk_and_largest(x.double(), 3, columns, 5)
-    for other in (columns.int(), torch.arange(100)[::2]):
-        assert native.topk(x, 3, other, 5) is None
-    for found in (ops.topk_and_largest(x, 3, columns.int(), 5), ops.topk_and_largest(x, 3, columns, 5)):
+    z, strided = torch.empty(4, 50), torch.empty(50, 4).T
+    for which, to in ((columns.int(), z), (torch.arange(100)[::2], z), (columns, strided)):
+        assert native.topk(x, 3, which, 5, to) is None
+    expected = with_largest(x.double(), 3, columns, 5)
+    for which, to in ((columns.int(), z), (columns, z), (columns, strided)):
+        found = with_largest(x, 3, which, 5, to)
         assert all(torch.equal(one.double(), other.double()) for one, other in zip(found, expected, strict=True))
+
+
+def with_largest(x, k, columns, most, z=None):
+    """`ops.topk_and_largest`, with what it writes."""
+    z = x.new_full((len(x), len(columns)), float("nan")) if z is None else z.fill_(float("nan"))
+    return *ops.topk_and_largest(x, k, columns, most, z), z
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -82,7 +90,7 @@ def test_largest_keeps_k_positive_values_of_some_columns(seed, rows, n, k, ties,
     x, _, generator = case(seed, rows, n, ties=ties, dtype=dtype)
     columns = torch.randperm(n, generator=generator)[: n // 2 + 1]
     top = n // 4 + 1 if seed % 2 else max(1, n // 4)  # too wide for the kernel, or not
-    values, indices, found = ops.topk_and_largest(x, top, columns, k)
+    values, indices, found = with_largest(x, top, columns, k)
     assert torch.equal(values, x.topk(top).values) and torch.equal(x.gather(1, indices), values)
     offered = x[:, columns].relu()
     k = min(k, len(columns))

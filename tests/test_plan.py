@@ -122,7 +122,8 @@ def test_a_step_holds_what_is_said(monkeypatch, dead):
     trainer.step(x)
     trainer.since_fired.zero_()
     trainer.since_fired[:dead] = 1000
-    held = peak(lambda: trainer.step(x)) + x.nbytes + trainer.sparse.memory.nbytes
+    held = peak(lambda: trainer.step(x)) + x.nbytes  # the step first: its memory for dead latents comes to stay
+    held = max(held, peak(lambda: trainer.step(x)) + x.nbytes + sum(m.nbytes for m in trainer.sparse.memory.values()))
     said = costs.training(Cost(load_profile("docstring-gpt"), Shape(0, 1, 1, 128, 1, 1), "cpu"), recipe)
     step = sum(said[part] for part in ("vectors of a batch", "a tile of pre-activations", "dead latents"))
     assert held <= step <= (1.6 if dead else 2.5) * held
