@@ -154,7 +154,7 @@ class Sparse:
         self.sae, self.recipe, self.constant = sae, recipe, constant
         self.world = world or World()
         self.memory: dict[str, Tensor] = {}
-        """Of the pre-activations, a tile of rows at a time, and of those of dead latents."""
+        """By use: a tile of pre-activations, those of dead latents, AuxK's differences. Fresh ones cost page faults."""
         for parameter in sae.parameters():
             parameter.grad = torch.zeros_like(parameter)
 
