@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -26,6 +27,8 @@ from torch import Tensor
 from saelib.profile import BUILD
 
 SOURCE = Path(__file__).with_name("kernels.c")
+HIGH, TALL = 6, 144
+"""Rows that the product of `kernels.c` takes at once, and about so many whose pre-activations a thread holds."""
 FLAGS = ["-O3", "-march=native", "-fPIC", "-fopenmp", "-fno-math-errno"]
 
 
@@ -86,24 +89,99 @@ def _usable(*tensors: Tensor, places: tuple[Tensor, ...] = ()) -> ctypes.CDLL | 
     return library() if fits else None
 
 
-def _arguments(*values: Tensor | int | float) -> list:
+def _arguments(*values: Tensor | int | float | None) -> list:
     kinds = {int: ctypes.c_long, float: ctypes.c_float, bool: ctypes.c_int}
-    return [ctypes.c_void_p(v.data_ptr()) if isinstance(v, Tensor) else kinds[type(v)](v) for v in values]
+    return [
+        ctypes.c_void_p(None if v is None else v.data_ptr()) if isinstance(v, Tensor | None) else kinds[type(v)](v)
+        for v in values
+    ]
+
+
+class _Choice(ctypes.Structure):
+    """`choice` of `kernels.c`."""
+
+    _fields_ = [(name, ctypes.c_long) for name in ("n", "k", "m", "most")] + [
+        (name, ctypes.c_void_p) for name in ("columns", "values", "z", "others", "indices", "places")
+    ]
+
+
+def _choice(like: Tensor, rows: int, n: int, k: int, columns: Tensor | None, most: int, to: Tensor | tuple) -> tuple:
+    """Room for the top k of so many rows, and what tells the kernels of it; None where they do not take it."""
+    z, (others, places) = (to, (None, None)) if isinstance(to, Tensor) else (None, to or (None, None))
+    floats, integers = ([x for x in some if x is not None] for some in ((like, z, others), (columns, places)))
+    kernels = _usable(*floats, places=integers) if 1 <= k <= n // 4 else None
+    values, indices = like.new_empty(rows, k), torch.empty(rows, k, dtype=torch.int64)
+    pointers = [None if x is None else x.data_ptr() for x in (columns, values, z, others, indices, places)]
+    return kernels, values, indices, _Choice(n, k, 0 if columns is None else len(columns), most, *pointers)
 
 
 def topk(
     x: Float[Tensor, "rows n"], k: int, columns: Int[Tensor, "m"] | None = None, most: int = 0,
-    z: Float[Tensor, "rows m"] | None = None,
+    to: Tensor | tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Float[Tensor, "rows k"], Int[Tensor, "rows k"]] | None:  # fmt: skip
     """`ops.topk_and_largest`, or None where the kernel does not apply: wide selections, and what is not a number."""
-    columns = torch.empty(0, dtype=torch.int64) if columns is None else columns
-    z = x.new_empty(len(x), 0) if z is None else z
-    kernels = _usable(x, z, places=(columns,)) if 1 <= k <= x.shape[1] // 4 else None
+    kernels, values, indices, choice = _choice(x, *x.shape, k, columns, most, to)
+    if kernels is None or kernels.topk(*_arguments(x, len(x)), ctypes.byref(choice)):
+        return None
+    return values, indices
+
+
+def encode(
+    x: Float[Tensor, "rows d_model"], W_enc: Float[Tensor, "n d_model"], bias: Float[Tensor, "n"] | None, k: int,
+    columns: Int[Tensor, "m"], most: int, to: Tensor | tuple[Tensor, Tensor] | None,
+    room: Callable[..., Tensor] = torch.empty,
+) -> tuple[Float[Tensor, "rows k"], Int[Tensor, "rows k"]] | None:  # fmt: skip
+    """`ops.encode`, or None where `topk` would be or where PyTorch's product is the faster one.
+
+    `room` makes a tensor of some size.
+    """
+    kernels, values, indices, choice = _choice(x, len(x), len(W_enc), k, columns, most, to)
+    given = [x, W_enc] if bias is None else [x, W_enc, bias]
+    if kernels is None or _usable(*given) is None or not (wide := ctypes.c_long.in_dll(kernels, "wide").value):
+        return None
+    (rows, d), padded, threads = x.shape, -(-len(W_enc) // wide) * wide, torch.get_num_threads()
+    tall = -(-rows // (threads * -(-rows // (threads * TALL))))  # as many blocks for each thread
+    tall = -(-tall // HIGH) * HIGH
+    memory = room(padded * (d + 1) + threads * (tall + HIGH) * (padded + wide))
+    given = x, rows, d, threads, tall, W_enc, bias, memory, memory.nbytes
+    return None if kernels.encode(*_arguments(*given), ctypes.byref(choice)) else (values, indices)
+
+
+def sorted_pairs(indices: Int[Tensor, "batch k"], n: int) -> tuple[Int[Tensor, "n_and_1"], Int[Tensor, "pairs"]] | None:
+    """Numbers of the pairs (token, latent) by latent, and where those of each latent start; None as ever."""
+    kernels = _usable(places=(indices,))
     if kernels is None:
         return None
-    values, indices = x.new_empty(len(x), k), torch.empty(len(x), k, dtype=torch.int64)
-    bad = kernels.topk(*_arguments(x, *x.shape, k, values, indices, columns, len(columns), most, z))
-    return None if bad else (values, indices)
+    parts = torch.get_num_threads()
+    starts, order, counts = (indices.new_empty(size) for size in (n + 1, indices.numel(), parts * n))
+    kernels.sorted(*_arguments(indices, indices.numel(), n, parts, counts, starts, order))
+    return starts, order
+
+
+def residuals(
+    x: Float[Tensor, "batch d_model"], z: Float[Tensor, "batch k"], indices: Int[Tensor, "batch k"],
+    W_dec: Float[Tensor, "n d_model"],
+) -> Float[Tensor, "batch d_model"] | None:  # fmt: skip
+    """`ops.residuals`, or None where the kernel does not apply."""
+    kernels = _usable(x, z, W_dec, places=(indices,))
+    if kernels is None:
+        return None
+    out = torch.empty_like(x)
+    kernels.residuals(*_arguments(x, *x.shape, z.shape[1], z, indices, W_dec, out))
+    return out
+
+
+def normalized(
+    x: Float[Tensor, "*batch d_model"], by_spread: bool, eps: float, tiny: float, noise: float
+) -> tuple[Float[Tensor, "*batch d_model"], Float[Tensor, "*batch 1"], Float[Tensor, "*batch 1"]] | None:
+    """What `SAE.normalized` gives, or None where the kernel does not apply."""
+    kernels = _usable(x)
+    if kernels is None or x.requires_grad:
+        return None
+    out, (mean, scale) = torch.empty_like(x), (x.new_empty(*x.shape[:-1], 1) for _ in range(2))
+    rows, d = mean.numel(), x.shape[-1]
+    kernels.normalized(*_arguments(x, rows, d, by_spread, eps, tiny, noise, out, mean, scale))
+    return out, mean, scale
 
 
 def gradients(starts, order, z, g, x, W_dec, to_dec, to_enc, to_latent) -> bool:

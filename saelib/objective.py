@@ -23,6 +23,9 @@ from saelib import UserError, ops
 from saelib.profile import Recipe
 from saelib.sae import SAE
 
+FEW = 4
+"""AuxK goes by the latents that act, where they are at most 1 / FEW of the dead ones; otherwise by dense products."""
+
 
 class Terms(NamedTuple):
     """Parts of a loss, and what the step learned about its batch."""
@@ -153,8 +156,7 @@ class Sparse:
     def __init__(self, sae: SAE, recipe: Recipe, constant: float, world: World | None = None):
         self.sae, self.recipe, self.constant = sae, recipe, constant
         self.world = world or World()
-        self.memory: dict[str, Tensor] = {}
-        """By use: a tile of pre-activations, those of dead latents, AuxK's differences. Fresh ones cost page faults."""
+        self.memory = ops.Memory(like=sae.W_enc.data)
         for parameter in sae.parameters():
             parameter.grad = torch.zeros_like(parameter)
 
@@ -165,15 +167,15 @@ class Sparse:
         weight = scale.square() if recipe.loss_space == "raw" and scale is not None else None
         per_token = 1 / (len(x) * world.parts * self.constant)
         centred = torch.sub(normalized, sae.pre_bias, out=None if normalized is x else normalized)
-        encoder = self._encoder(len(x))
+        weights = sae.W_enc.data if recipe.precision == "float32" else sae.W_enc.bfloat16()
+        encoder = ops.Encoder(weights, sae.latent_bias, self.memory)
         wide = min(4 * recipe.k, sae.n_latents * world.shards) if recipe.multi_topk else recipe.k
         dead = dead if recipe.k_aux else torch.zeros_like(dead)
         number = int(world.over_latents(dead.sum()))  # of all shards: each takes part where any has a dead latent
         buried = dead.nonzero()[:, 0]
         most = min(recipe.k_aux, number)
-        whole = len(ops.tiles(len(x), sae.n_latents)) == 1
-        z_aux = self._room("dead", len(x), len(buried)) if number and whole else None
-        values, indices, seen = ops.encode(centred, encoder, min(wide, sae.n_latents), buried, most, z_aux)
+        to = self._chosen(len(x), len(buried), most, number)
+        values, indices, seen = ops.encode(centred, encoder, min(wide, sae.n_latents), buried, most, to)
         z = world.keep(values, recipe.k).relu()
         error, mse = self._error(z, indices, centred, weight)  # x - x_hat
         mse = mse * per_token
@@ -188,67 +190,88 @@ class Sparse:
         self.d_latent = ops.gradients(indices, active, g, centred, sae.W_dec, sae.W_dec.grad, sae.W_enc.grad)
         aux = x.new_zeros(())
         if number:
-            aux = self._auxiliary(z_aux if seen else None, encoder, centred, error, buried, most, weight)
+            aux = self._auxiliary(to if seen else None, encoder, centred, error, buried, most, weight)
             loss = loss + recipe.aux_coefficient * aux
         self._biases(g.sum((0, 1)))
-        fired = torch.zeros(sae.n_latents, dtype=torch.int32, device=x.device)
-        fired[indices[z > 0]] = 1
+        fired = z.new_zeros(sae.n_latents).index_add_(0, indices.reshape(-1), z.reshape(-1)) > 0
         l0 = world.over_tokens(world.over_latents((z > 0).sum() / len(x))) / world.parts
-        return Terms(loss, mse, aux, l0, world.over_tokens(fired, dist.ReduceOp.MAX).bool())
+        return Terms(loss, mse, aux, l0, world.over_tokens(fired.int(), dist.ReduceOp.MAX).bool())
 
     def _error(self, z: Tensor, indices: Tensor, centred: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
         """x - x_hat, and its squares summed over all tokens."""
-        x_hat = self.world.over_latents(ops.decode(z, indices, self.sae.W_dec))
-        error = torch.sub(centred, x_hat, out=x_hat)
+        error = self._residuals(centred, z, indices, self.sae.W_dec)
         squares = torch.linalg.vecdot(error, error)
         return error, self.world.over_tokens((squares if weight is None else squares * weight[:, 0]).sum())
 
-    def _encoder(self, batch: int) -> ops.Encoder:
-        sae = self.sae
-        rows = ops.tiles(batch, sae.n_latents, None if sae.W_enc.is_cuda else ops.ROWS)[0].stop
-        weight = sae.W_enc if self.recipe.precision == "float32" else sae.W_enc.bfloat16()
-        return ops.Encoder(weight, sae.latent_bias, self._room("pre", rows, sae.n_latents))
+    def _residuals(self, x: Tensor, z: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
+        """What all shards' latents leave of x: each takes what its own make from its part of it."""
+        mine = x if self.world.shard == 0 else torch.zeros_like(x)
+        return self.world.over_latents(ops.residuals(mine, z, indices, W_dec) if len(W_dec) else mine.clone())
 
-    def _room(self, use: str, rows: int, columns: int) -> Float[Tensor, "rows columns"]:
-        """Memory that is kept for a use, and grows when it must."""
-        if use not in self.memory or self.memory[use].numel() < rows * columns:
-            self.memory[use] = self.sae.W_enc.new_empty(rows * columns)
-        return self.memory[use][: rows * columns].view(rows, columns)
+    def _chosen(self, rows: int, buried: int, most: int, number: int) -> Tensor | ops.Chosen | None:
+        """Room for AuxK's latents: a matrix to multiply by or, where few of many act, their values and places."""
+        if number and most * FEW <= number and not self.sae.W_enc.is_cuda:
+            return self.memory("few", rows, most), torch.empty(rows, most, dtype=torch.int64)
+        whole = len(ops.tiles(rows, self.sae.n_latents)) == 1
+        return self.memory("dead", rows, buried) if number and whole else None
 
     def _auxiliary(
-        self, z: Float[Tensor, "batch dead"] | None, encoder: ops.Encoder, centred: Float[Tensor, "batch d_model"],
-        error: Float[Tensor, "batch d_model"], dead: Int[Tensor, "dead"], k: int, weight: Tensor | None,
+        self, chosen: Float[Tensor, "batch dead"] | ops.Chosen | None, encoder: ops.Encoder,
+        centred: Float[Tensor, "batch d_model"], error: Float[Tensor, "batch d_model"], dead: Int[Tensor, "dead"],
+        k: int, weight: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        """AuxK: adds its gradients. Dead latents are few and many of them act, so its products are dense.
+        """AuxK: adds its gradients. Where many of the dead latents act its products are dense.
 
-        In tiles of rows, as the encoder's product; `z` is there where one tile is all.
+        Then in tiles of rows, as the encoder's product; `chosen` is there where one tile is all.
         """
         per_spread = _per_spread(error if weight is None else error * weight.sqrt(), self.world.over_tokens)
         W_dec, squares = self.sae.W_dec[dead], error.new_zeros(())
-        buried = encoder.rows(dead) if z is None else None
         factor = 2 * self.recipe.aux_coefficient * per_spread
+        if isinstance(chosen, tuple):
+            squares = self._auxiliary_few(*chosen, centred, error, W_dec, dead, k, weight, factor)
+            return self.world.over_tokens(squares) * per_spread
+        buried = encoder.rows(dead) if chosen is None else None
         for rows in ops.tiles(len(error), self.sae.n_latents):
-            largest = ops.largest(buried(centred[rows]), k) if z is None else z
+            if chosen is None:
+                pre = buried(centred[rows])
+                ops.largest(pre, k, z := self.memory("dead", *pre.shape))
             part = None if weight is None else weight[rows]
-            squares += self._auxiliary_tile(largest, centred[rows], error[rows], W_dec, dead, k, part, factor)
+            given = z if chosen is None else chosen
+            squares += self._auxiliary_tile(given, centred[rows], error[rows], W_dec, dead, k, part, factor)
         return self.world.over_tokens(squares) * per_spread
+
+    def _auxiliary_few(
+        self, z: Float[Tensor, "batch k"], places: Int[Tensor, "batch k"], centred: Float[Tensor, "batch d_model"],
+        error: Float[Tensor, "batch d_model"], W_dec: Float[Tensor, "dead d_model"], dead: Int[Tensor, "dead"], k: int,
+        weight: Tensor | None, factor: Tensor,
+    ) -> Tensor:  # fmt: skip
+        """Adds the gradients, scaled by `factor` / 2; returns the sum of squared errors."""
+        sae = self.sae
+        z = self.world.keep(z, k)
+        left = self._residuals(error, z, places, W_dec)
+        squares = torch.linalg.vecdot(left, left)
+        to_dec, to_enc, g = torch.empty_like(W_dec), torch.empty_like(W_dec), _times(left, weight, -factor)
+        d_latent = ops.gradients(places, z[None], g[None], centred, W_dec, to_dec, to_enc)
+        for whole, found in ((sae.W_dec.grad, to_dec), (sae.W_enc.grad, to_enc), (self.d_latent, d_latent)):
+            whole.index_add_(0, dead, found)
+        return (squares if weight is None else squares * weight[:, 0]).sum()
 
     def _auxiliary_tile(
         self, z: Float[Tensor, "rows dead"], centred: Float[Tensor, "rows d_model"],
         error: Float[Tensor, "rows d_model"], W_dec: Float[Tensor, "dead d_model"], dead: Int[Tensor, "dead"], k: int,
         weight: Tensor | None, factor: Tensor,
     ) -> Tensor:  # fmt: skip
-        """Adds the gradients of some rows, scaled by `factor` / 2; returns the sum of their squared errors."""
+        """The same of some rows, by dense products."""
         sae, world = self.sae, self.world
         if world.shards > 1:  # every shard offers k of its own; zeros do no harm
             values, indices = z.topk(min(k, len(dead)))
             kept = world.keep(torch.nn.functional.pad(values, (0, k - values.shape[1])), k)
             z = torch.zeros_like(z).scatter_(1, indices, kept[:, : values.shape[1]])
-        difference = torch.mm(z, W_dec, out=self._room("difference", *error.shape))
+        difference = torch.mm(z, W_dec, out=self.memory("difference", *error.shape))
         difference = world.over_latents(difference).sub_(error)
         squares = torch.linalg.vecdot(difference, difference)
         g = difference.mul_(factor if weight is None else factor * weight)
-        d_z = torch.mm(g, W_dec.T, out=self._room("pre", *z.shape))  # where pre-activations were
+        d_z = torch.mm(g, W_dec.T, out=self.memory("pre", *z.shape))  # where pre-activations were
         torch.ops.aten.threshold_backward.grad_input(d_z, z, 0, grad_input=d_z)  # in one pass: 0 where z is
         sae.W_dec.grad.index_add_(0, dead, (g.T @ z).T)  # this way round the product is faster
         sae.W_enc.grad.index_add_(0, dead, (centred.T @ d_z).T)

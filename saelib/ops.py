@@ -7,6 +7,8 @@ PyTorch; most have compiled forms as well, for CPUs in `native.py`, for GPUs in 
 
 from __future__ import annotations
 
+import functools
+import math
 from typing import NamedTuple
 
 import torch
@@ -55,23 +57,28 @@ def _staged(x: Float[Tensor, "rows n"], k: int, sort: bool = True) -> tuple[Tens
     return x.topk(k, sorted=sort)
 
 
-def topk_and_largest(
-    x: Float[Tensor, "rows n"], k: int, columns: Int[Tensor, "m"], most: int, z: Float[Tensor, "rows m"]
-) -> tuple[Float[Tensor, "rows k"], Int[Tensor, "rows k"]]:
-    """`topk`, and into z some columns of x with all but the `most` largest positive values of each row set to 0.
+Chosen = tuple[Float[Tensor, "rows most"], Int[Tensor, "rows most"]]
+"""Positive values and where they are, in no order; what is missing at the end of a row is 0, at place 0."""
 
-    Compiled, both look at a row while it is in cache.
-    """
-    found = native.topk(x, k, columns, most, z)
+
+def topk_and_largest(
+    x: Float[Tensor, "rows n"], k: int, columns: Int[Tensor, "m"], most: int, to: Float[Tensor, "rows m"] | Chosen
+) -> tuple[Float[Tensor, "rows k"], Int[Tensor, "rows k"]]:
+    """`topk`, and `largest` of some columns of x into `to`. Compiled, both look at a row while it is in cache."""
+    found = native.topk(x, k, columns, most, to)
     if found is None:
-        z.copy_(largest(x.index_select(1, columns), most))
+        largest(x.index_select(1, columns), most, to)
     return found or topk(x, k)
 
 
-def largest(x: Float[Tensor, "rows m"], most: int) -> Float[Tensor, "rows m"]:
-    """All but the `most` largest positive values of each row set to 0."""
+def largest(x: Float[Tensor, "rows m"], most: int, to: Float[Tensor, "rows m"] | Chosen) -> None:
+    """The `most` largest positive values of each row, into a tensor that is 0 elsewhere, or into two by `Chosen`."""
     values, indices = x.relu_().topk(min(most, x.shape[1]))
-    return torch.zeros_like(x).scatter_(1, indices, values)
+    if isinstance(to, Tensor):
+        to.zero_().scatter_(1, indices, values)
+    else:
+        for found, whole in ((values, to[0]), (indices.masked_fill_(values <= 0, 0), to[1])):
+            whole.zero_()[:, : found.shape[1]] = found
 
 
 def tiles(rows: int, n: int, most: int | None = None) -> list[slice]:
@@ -80,18 +87,28 @@ def tiles(rows: int, n: int, most: int | None = None) -> list[slice]:
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
+class Memory(dict):
+    """Tensors by use, kept from step to step. Fresh ones of their size cost page faults every time."""
+
+    def __call__(self, use: str, *shape: int) -> Float[Tensor, "*shape"]:
+        """Memory for a use, which grows when it must; what is in it is left from before."""
+        size = math.prod(shape)
+        if use not in self or self[use].numel() < size:
+            self[use] = self["like"].new_empty(size)
+        return self[use][:size].view(shape)
+
+
 class Encoder(NamedTuple):
     """What makes pre-activations of inputs, and the memory to write them to."""
 
     weight: Shaped[Tensor, "n d_model"]
     """Its dtype is that of the product's factors, float32 or bfloat16; sums are float32."""
     bias: Float[Tensor, "n"] | None = None
-    memory: Float[Tensor, "tile n"] | None = None
-    """For at least as many rows as are given. A fresh product costs page faults at every step."""
+    memory: Memory | None = None
 
     def __call__(self, x: Float[Tensor, "rows d_model"]) -> Float[Tensor, "rows n"]:
         """x W^T + bias."""
-        out = None if self.memory is None else self.memory[: len(x)]
+        out = None if self.memory is None else self.memory("pre", len(x), len(self.weight))
         x, weight = x.to(self.weight.dtype), self.weight
         if x.dtype != torch.bfloat16:
             pre = torch.mm(x, weight.T, out=out)
@@ -108,12 +125,12 @@ class Encoder(NamedTuple):
 
 def encode(
     x: Float[Tensor, "batch d_model"], encoder: Encoder, k: int, columns: Int[Tensor, "m"], most: int,
-    z: Float[Tensor, "batch m"] | None = None,
+    to: Float[Tensor, "batch m"] | Chosen | None = None,
 ) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"], bool]:  # fmt: skip
     """`topk_and_largest` of the pre-activations, never holding more than `PRODUCT` of them.
 
-    Without z, and where one kernel chooses while it multiplies, the columns are not looked at; the last value says
-    whether they were.
+    Without `to`, and where one Triton kernel chooses while it multiplies, the columns are not looked at; the last value
+    says whether they were.
     """
     parts = tiles(len(x), len(encoder.weight), None if x.is_cuda else ROWS)
     if kernels_triton.usable(x, encoder.weight) and (
@@ -123,12 +140,16 @@ def encode(
         for rows in doubt.nonzero()[:, 0].split(parts[0].stop):
             values[rows], indices[rows] = topk(encoder(x[rows]), k)
         return values, indices, False
+    room = {} if encoder.memory is None else {"room": functools.partial(encoder.memory, "panels")}
+    if found := native.encode(x, encoder.weight, encoder.bias, k, columns, most, to, **room):
+        return *found, to is not None
     values, indices = x.new_empty(len(x), k), torch.empty(len(x), k, dtype=torch.int64, device=x.device)
     for part in parts:
         pre = encoder(x[part])
-        found = topk(pre, k) if z is None else topk_and_largest(pre, k, columns, most, z[part])
+        into = to[part] if isinstance(to, Tensor) else to and tuple(whole[part] for whole in to)
+        found = topk(pre, k) if to is None else topk_and_largest(pre, k, columns, most, into)
         values[part], indices[part] = found
-    return values, indices, z is not None
+    return values, indices, to is not None
 
 
 def decode(
@@ -142,6 +163,15 @@ def decode(
     return embedding_bag(rows, W_dec, mode="sum", per_sample_weights=weights).view(shape)
 
 
+def residuals(
+    x: Float[Tensor, "batch d_model"], z: Float[Tensor, "batch k"], indices: Int[Tensor, "batch k"],
+    W_dec: Float[Tensor, "n d_model"],
+) -> Float[Tensor, "batch d_model"]:  # fmt: skip
+    """What `decode` leaves of x."""
+    found = native.residuals(x, z, indices, W_dec)
+    return x - decode(z, indices, W_dec) if found is None else found
+
+
 def gradients(
     indices: Int[Tensor, "batch k"], z: Float[Tensor, "sets batch k"], g: Float[Tensor, "sets batch d_model"],
     x: Float[Tensor, "batch d_model"], W_dec: Float[Tensor, "n d_model"], to_dec: Float[Tensor, "n d_model"],
@@ -153,11 +183,13 @@ def gradients(
     (token, latent) pairs are sorted by latent, so that each row is one sum.
     """
     k, n = indices.shape[1], len(W_dec)
-    latents, order = indices.reshape(-1).to(torch.int32).sort(stable=True)
-    if kernels_triton.usable(z, g, x, W_dec, to_dec, to_enc):
-        return kernels_triton.gradients(indices.contiguous(), latents, order, z, g, x, W_dec, to_dec, to_enc)
-    starts = torch.searchsorted(latents, torch.arange(n + 1, dtype=torch.int32, device=x.device))
-    d_latent = x.new_zeros(n)
+    by_triton, d_latent = kernels_triton.usable(z, g, x, W_dec, to_dec, to_enc), x.new_zeros(n)
+    starts, order = (not by_triton and native.sorted_pairs(indices, n)) or (None, None)
+    if starts is None:
+        latents, order = indices.reshape(-1).to(torch.int32).sort(stable=True)
+        if by_triton:
+            return kernels_triton.gradients(indices.contiguous(), latents, order, z, g, x, W_dec, to_dec, to_enc)
+        starts = torch.searchsorted(latents, torch.arange(n + 1, dtype=torch.int32, device=x.device))
     if native.gradients(starts, order, z, g, x, W_dec, to_dec, to_enc, d_latent):
         return d_latent
     d_pre = sum(_latent_gradient(grad, indices, W_dec) * (active > 0) for active, grad in zip(z, g, strict=True))

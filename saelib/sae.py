@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from saelib import ops
+from saelib import native, ops
 
 TINY = 1e-12
 """Norm below which a vector counts as 0."""
@@ -95,16 +95,15 @@ class SAE(nn.Module):
         x = x if x.dtype == torch.float64 else x.float()
         if self.normalize == "none":
             return x, None, None
+        by_spread, noise = self.normalize == "layer_norm", ROUNDING * torch.finfo(x.dtype).eps
+        eps, noise = (LN_EPS, noise) if by_spread else (0.0, noise * x.shape[-1] ** 0.5)
+        if found := native.normalized(x, by_spread, eps, TINY, noise):
+            return found
         mean = x.mean(-1, keepdim=True)
         x = x - mean
-        noise = ROUNDING * torch.finfo(x.dtype).eps * mean.abs()
-        if self.normalize == "layer_norm":
-            spread = x.std(-1, keepdim=True)
-            scale = spread + LN_EPS
-        else:
-            spread = scale = x.norm(dim=-1, keepdim=True)
-            noise = noise * x.shape[-1] ** 0.5
-        divisor = torch.where(spread <= noise.clamp_min(TINY), torch.inf, scale)
+        spread = x.std(-1, keepdim=True) if by_spread else x.norm(dim=-1, keepdim=True)
+        scale = spread + eps
+        divisor = torch.where(spread <= (noise * mean.abs()).clamp_min(TINY), torch.inf, scale)
         return x / divisor if x.requires_grad else x.div_(divisor), mean, scale
 
     def pre_activations(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch n_latents"]:

@@ -79,7 +79,7 @@ def test_no_tensor_of_batch_times_latents_is_ever_made(monkeypatch, share):
 
     with Sizes():
         Sparse(sae, recipe, 0.7)(x, torch.rand(n) < share)
-    codes = 2 * batch * 4 * recipe.k  # at k and at 4k, side by side
+    codes = 2 * batch * (4 * recipe.k + recipe.k_aux)  # at k and at 4k, side by side, and AuxK's
     assert max(largest) <= max(codes, 16 * n) < batch * n / 8
 
 

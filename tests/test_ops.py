@@ -1,5 +1,7 @@
 """The fast operations against their slow, obvious forms."""
 
+import ctypes
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -55,7 +57,8 @@ def test_what_the_kernels_do_not_take_is_left_to_torch():
     assert native.topk(x, 26) is None and native.topk(x.T, 1) is None and native.topk(x.double(), 1) is None
     columns = torch.arange(0, 100, 2)
     z, strided = torch.empty(4, 50), torch.empty(50, 4).T
-    for which, to in ((columns.int(), z), (torch.arange(100)[::2], z), (columns, strided)):
+    lists = torch.empty(4, 5), torch.empty(4, 5, dtype=torch.int32)
+    for which, to in ((columns.int(), z), (torch.arange(100)[::2], z), (columns, strided), (columns, lists)):
         assert native.topk(x, 3, which, 5, to) is None
     expected = with_largest(x.double(), 3, columns, 5)
     for which, to in ((columns.int(), z), (columns, z), (columns, strided)):
@@ -96,6 +99,63 @@ def test_largest_keeps_k_positive_values_of_some_columns(seed, rows, n, k, ties,
     k = min(k, len(columns))
     assert torch.equal(found.topk(k).values, offered.topk(k).values)
     assert ((found == 0) | (found == offered)).all() and ((found > 0).sum(1) <= k).all()
+
+
+@pytest.fixture(scope="module")
+def multiplying():
+    """The kernels with the product for 256-bit vectors, also where the processor has wider ones and they go unused."""
+    with pytest.MonkeyPatch.context() as patch:
+        if native.library() is not None and not ctypes.c_long.in_dll(native.library(), "wide").value:
+            narrow = native._loaded(["cc", "-mno-avx512f"])
+            patch.setattr(native, "library", lambda: narrow)
+        if native.library() is None or not ctypes.c_long.in_dll(native.library(), "wide").value:
+            pytest.skip("no kernels, or no vectors of 256 bits")
+        yield
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    seeds, st.integers(1, 700), st.integers(4, 300), st.integers(1, 9), st.sampled_from([1, 3, 8, 130, 256, 257, 600]),
+    st.booleans(), st.booleans(),
+)  # fmt: skip
+def test_the_compiled_product_finds_what_a_plain_one_does(multiplying, seed, rows, n, k, d, biased, few):
+    x, W, generator = case(seed, rows, n, d, dtype=torch.float32)
+    x, k = torch.randn(rows, d, generator=generator), min(k, n // 4)
+    bias = torch.randn(n, generator=generator) if biased else None
+    columns = torch.randperm(n, generator=generator)[: n // 3]
+    most = max(1, len(columns) // (5 if few else 2))
+    dense, lists = torch.empty(rows, len(columns)), (torch.empty(rows, most), torch.empty(rows, most).long())
+    values, indices = native.encode(x, W, bias, k, columns, most, lists if few else dense)
+    pre = x.double() @ W.double().T + (0 if bias is None else bias.double())
+    close = {"rtol": 1e-5, "atol": 1e-5 * d**0.5}
+    torch.testing.assert_close(values.double(), pre.topk(k).values, **close)
+    torch.testing.assert_close(values.double(), pre.gather(1, indices), **close)
+    found = torch.zeros_like(dense).scatter_add_(1, *reversed(lists)) if few else dense
+    offered = pre[:, columns].relu()
+    torch.testing.assert_close(found.topk(most).values.double(), offered.topk(most).values, **close)
+    torch.testing.assert_close(found[found > 0].double(), offered[found > 0], **close)
+    again = native.encode(
+        x[rows // 2 :], W, bias, k, columns, most, None
+    )  # whichever rows are beside it, a row's bits are
+    assert torch.equal(again[0], values[rows // 2 :]) and torch.equal(again[1], indices[rows // 2 :])
+    x[rows // 3, 0] = torch.nan
+    assert native.encode(x, W, bias, k, columns, most, None) is None
+
+
+@settings(max_examples=100, deadline=None)
+@given(seeds, st.integers(1, 200), st.integers(1, 90), st.integers(1, 12), st.integers(1, 40), dtypes)
+def test_residuals_and_sorted_pairs_are_what_they_say(seed, rows, n, k, d, dtype):
+    k = min(k, n)
+    scores, W, generator = case(seed, rows, n, d, dtype=dtype)
+    z, indices = scores.topk(k)
+    x = torch.randn(rows, d, generator=generator, dtype=dtype)
+    left = x - torch.zeros_like(scores).scatter(1, indices, z) @ W
+    torch.testing.assert_close(ops.residuals(x, z, indices, W), left, rtol=1e-4, atol=1e-4)
+    if native.library() is not None:
+        starts, order = native.sorted_pairs(indices, n)
+        latents, expected = indices.reshape(-1).sort(stable=True)
+        assert torch.equal(order, expected)
+        assert torch.equal(starts, torch.searchsorted(latents, torch.arange(n + 1)))
 
 
 @settings(max_examples=60, deadline=None)

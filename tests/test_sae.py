@@ -165,6 +165,19 @@ def test_unit_normalisation_makes_the_sae_scale_and_shift_with_its_input(archite
     torch.testing.assert_close(sae(a * x + b), a * sae(x) + b, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("normalize", ["unit", "layer_norm"])
+@pytest.mark.parametrize("shape", [(5,), (7, 3, 128), (4, 768), (0, 16)])
+def test_normalised_in_float32_is_what_it_is_in_float64(normalize, shape):
+    x = 5 + torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    sae = SAE(4, shape[-1], 2, normalize=normalize)
+    given = x.clone()
+    for ours, exact in zip(sae.normalized(x), sae.normalized(x.double()), strict=True):
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-6)
+    assert torch.equal(x, given)
+    x = x.requires_grad_()
+    assert sae.normalized(x)[0].requires_grad
+
+
 @pytest.mark.parametrize("normalize", ["unit", "layer_norm", "none"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @torch.no_grad()
