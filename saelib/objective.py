@@ -220,9 +220,9 @@ class Sparse:
         centred: Float[Tensor, "batch d_model"], error: Float[Tensor, "batch d_model"], dead: Int[Tensor, "dead"],
         k: int, weight: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        """AuxK: adds its gradients. Where many of the dead latents act its products are dense.
+        """AuxK: adds its gradients, by the latents that act where these are few, and otherwise by dense products.
 
-        Then in tiles of rows, as the encoder's product; `chosen` is there where one tile is all.
+        The latter in tiles of rows, as the encoder's product; without `chosen` each tile makes its choice first.
         """
         per_spread = _per_spread(error if weight is None else error * weight.sqrt(), self.world.over_tokens)
         W_dec, squares = self.sae.W_dec[dead], error.new_zeros(())
@@ -250,10 +250,11 @@ class Sparse:
         z = self.world.keep(z, k)
         left = self._residuals(error, z, places, W_dec)
         squares = torch.linalg.vecdot(left, left)
-        to_dec, to_enc, g = torch.empty_like(W_dec), torch.empty_like(W_dec), _times(left, weight, -factor)
-        d_latent = ops.gradients(places, z[None], g[None], centred, W_dec, to_dec, to_enc)
-        for whole, found in ((sae.W_dec.grad, to_dec), (sae.W_enc.grad, to_enc), (self.d_latent, d_latent)):
-            whole.index_add_(0, dead, found)
+        if len(dead):  # of this shard
+            to_dec, to_enc, g = torch.empty_like(W_dec), torch.empty_like(W_dec), _times(left, weight, -factor)
+            d_latent = ops.gradients(places, z[None], g[None], centred, W_dec, to_dec, to_enc)
+            for whole, found in ((sae.W_dec.grad, to_dec), (sae.W_enc.grad, to_enc), (self.d_latent, d_latent)):
+                whole.index_add_(0, dead, found)
         return (squares if weight is None else squares * weight[:, 0]).sum()
 
     def _auxiliary_tile(

@@ -63,6 +63,19 @@ def test_gradients_equal_autograd(seed, batch, n, d, k, k_aux, bias, multi, norm
         assert_equal(both(*setup(seed, batch, n, d, normalize=normalize, loss_space=space, **values)))
 
 
+@pytest.mark.parametrize("k_aux", [8, 60], ids=["few of the dead act", "many"])
+@pytest.mark.parametrize("space", ["normalized", "raw"])
+def test_compiled_gradients_are_those_of_float64(k_aux, space):
+    recipe, sae, x, dead = setup(0, 200, 150, 20, k=5, k_aux=k_aux, multi_topk=True, latent_bias=True, loss_space=space)
+    slow, gradients = both(recipe, sae, x, dead)[0]
+    own = sae.float()
+    terms = Sparse(own, recipe, 0.7)(x.float(), dead)
+    torch.testing.assert_close(terms.aux.double(), slow.aux, rtol=1e-4, atol=1e-6)
+    for name, parameter in own.named_parameters():
+        error = (parameter.grad - gradients[name]).norm() / gradients[name].norm()
+        assert error <= 1e-3, f"{name}: relative error {error:.1e}"
+
+
 @pytest.mark.parametrize("share", [0.0, 0.5])
 def test_no_tensor_of_batch_times_latents_is_ever_made(monkeypatch, share):
     """Otherwise 131,072 tokens and as many latents would need 64 GiB, and AuxK as much again."""

@@ -592,19 +592,20 @@ def test_shards_need_processes():
 SHARED = {
     "plain": small(dead_after=1),
     "uneven": small(dead_after=32, k=5, k_aux=6),
+    "uneven, few": small(dead_after=32, k=5, k_aux=1),
     "rich": small(dead_after=1, multi_topk=True, latent_bias=True, clip=0.05, k=4, k_aux=32),
     "wide": small(dead_after=1, batch=8, multi_topk=True, k=10, k_aux=48),  # 4k is more than a shard has
     "raw": small(dead_after=1, normalize="unit", loss_space="raw", tied=True),
 }
 WEAK = [0, 1, 2, 3, 13]
-"""Latents that only AuxK uses in case "uneven": of four shards, two have none that is dead."""
+"""Latents that only AuxK uses in the cases "uneven": of four shards, two have none that is dead."""
 
 
 def steps_of(case, world):
     """Six steps of a case: what is to be equal however many processes share it."""
     recipe = SHARED[case]
     trainer = Trainer(recipe, SOURCE.d_model, 0, SAMPLE, world)
-    if case == "uneven":
+    if case.startswith("uneven"):
         trainer.recipe = trainer.sparse.recipe = recipe.model_copy(update={"dead_after": 10**6})
         latents = torch.arange(48)[world.shard * trainer.sae.n_latents :][: trainer.sae.n_latents]
         weak = torch.isin(latents, torch.tensor(WEAK))
