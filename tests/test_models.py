@@ -42,7 +42,7 @@ def test_hooks_see_the_hugging_face_hidden_states():
     with torch.no_grad():
         logits, cache = bridge.run_with_cache(tokens)
         expected = reference(tokens, output_hidden_states=True)
-    torch.testing.assert_close(logits, expected.logits, atol=1e-4, rtol=1e-5)  # of ten and more; attention sums otherwise
+    torch.testing.assert_close(logits, expected.logits, atol=1e-4, rtol=1e-5)  # of ten and more
     for layer in range(bridge.cfg.n_layers - 1):  # the last hidden state of Hugging Face is taken after ln_f
         hidden = expected.hidden_states[layer + 1]
         torch.testing.assert_close(cache[f"blocks.{layer}.hook_resid_post"], hidden, atol=1e-5, rtol=1e-5)
