@@ -278,7 +278,7 @@ def test_every_process_has_the_results_of_one(folder, monkeypatch):
 
 def same(found, expected, name):
     if isinstance(expected, torch.Tensor):
-        scale = max(1.0, float(expected.abs().max()))  # small ones are differences of large ones
+        scale = max(1.0, float(expected.double().abs().max()))  # small ones are differences of large ones
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6 * scale, msg=name)
     elif isinstance(expected, float | int):
         assert found == pytest.approx(expected, rel=1e-6), name

@@ -14,18 +14,24 @@ def values(path):
     return json.loads(path.read_text(encoding="utf-8"))["values"]
 
 
-def close(found, expected, absolute):
-    """Equal but for what differs between machines: a thousandth, or `absolute`."""
+def close(found, expected, relative, absolute):
+    """Equal but for what differs between machines."""
     if isinstance(expected, list) and isinstance(found, list):
-        return len(found) == len(expected) and all(close(*pair, absolute) for pair in zip(found, expected, strict=True))
+        pairs = zip(found, expected, strict=True)
+        return len(found) == len(expected) and all(close(*pair, relative, absolute) for pair in pairs)
     if isinstance(expected, int | float) and isinstance(found, int | float):
-        return found == pytest.approx(expected, rel=1e-3, abs=absolute)
+        return found == pytest.approx(expected, rel=relative, abs=absolute)
     return found == expected
 
 
 def agrees(found, committed):
-    """Whether two entries agree; a difference below the value's own standard error says nothing."""
-    return close(found["value"], committed["value"], max(1e-4, committed["se"] or 0.0))
+    """Whether two entries agree; a difference below the value's own standard error says nothing.
+
+    Of values that state none, two depend on an autoencoder that is trained anew and two on 500 draws: between processors
+    of different makers they differ by up to 0.8 %.
+    """
+    error = committed["se"]
+    return close(found["value"], committed["value"], 1e-2 if error is None else 1e-3, max(1e-4, error or 0.0))
 
 
 @pytest.mark.parametrize("path", sorted(COMMITTED.glob("*.json")), ids=lambda path: path.stem)
