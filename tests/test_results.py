@@ -27,7 +27,7 @@ def close(found, expected, relative, absolute):
 def agrees(found, committed):
     """Whether two entries agree; a difference below the value's own standard error says nothing.
 
-    Of values that state none, two depend on an autoencoder that is trained anew and two on 500 draws: between processors
+    Of values that state none, two depend on an autoencoder that is trained anew and two on draws: between processors
     of different makers they differ by up to 0.8 %.
     """
     error = committed["se"]
