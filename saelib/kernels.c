@@ -447,16 +447,22 @@ void predictions(const float *logits, const float *p, long rows, long n, float *
 #pragma omp parallel for schedule(static)
     for (long r = 0; r < rows; r++) {
         const float *x = logits + r * n, *q = p + r * n;
-        float high = x[0], sum = 0, product = 0;
+        float high = x[0];
 #pragma omp simd reduction(max : high)
         for (long j = 0; j < n; j++) high = x[j] > high ? x[j] : high;
+        double sums = 0, products = 0; /* a thousand at a time in float: rounding does not grow with the vocabulary */
+        for (long first = 0; first < n; first += 1024) {
+            float sum = 0, product = 0;
 #pragma omp simd reduction(+ : sum, product)
-        for (long j = 0; j < n; j++) {
-            sum += exponential(x[j] - high);
-            product += q[j] * (x[j] - high);
+            for (long j = first; j < (first + 1024 < n ? first + 1024 : n); j++) {
+                sum += exponential(x[j] - high);
+                product += q[j] * (x[j] - high);
+            }
+            sums += sum;
+            products += product;
         }
         top[r] = high;
-        lse[r] = logf(sum);
-        expected[r] = product;
+        lse[r] = logf(sums);
+        expected[r] = products;
     }
 }
