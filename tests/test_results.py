@@ -24,14 +24,15 @@ def close(found, expected, relative, absolute):
     return found == expected
 
 
-def agrees(found, committed):
-    """Whether two entries agree; a difference below the value's own standard error says nothing.
+DRAWN = {"chapter_own", "chapter_refined", "equivalent_journal_way", "journal_way_all_inside"}
+"""Published without the standard error that they have: two are of an autoencoder trained anew, two of 500 draws. Between
+processors of two makers they differ by up to 0.8 %."""
 
-    Of values that state none, two depend on an autoencoder that is trained anew and two on draws: between processors
-    of different makers they differ by up to 0.8 %.
-    """
-    error = committed["se"]
-    return close(found["value"], committed["value"], 1e-2 if error is None else 1e-3, max(1e-4, error or 0.0))
+
+def agrees(name, found, committed):
+    """Whether two entries agree; a difference below the value's own standard error says nothing."""
+    relative = 1e-2 if name in DRAWN else 1e-3
+    return close(found["value"], committed["value"], relative, max(1e-4, committed["se"] or 0.0))
 
 
 @pytest.mark.parametrize("path", sorted(COMMITTED.glob("*.json")), ids=lambda path: path.stem)
@@ -43,7 +44,7 @@ def test_a_rerun_gives_the_committed_numbers(path):
     different = {
         name: (found[name]["value"], entry["value"])
         for name, entry in committed.items()
-        if not agrees(found[name], entry)
+        if not agrees(name, found[name], entry)
     }
     assert not different, "re-run, committed"
 
