@@ -48,11 +48,8 @@ static void ranked(entry *candidate, float *value, long count, long k, float *va
     }
 }
 
-/* The k largest of x[n], largest first. Returns whether all values are numbers; otherwise nothing is written.
- * Lane j is {x[j], x[j + lanes], ...}. Only lanes whose maxima are among the k largest can hold one of the k largest
- * values: if another did, each of those k lanes would hold a value at least as large. */
-static int topk_row(const float *x, long n, long k, long lanes, float *maxima, entry *candidate, float *values,
-                    int64_t *indices) {
+/* The largest of each lane of x[n]; lane j is {x[j], x[j + lanes], ...}. Returns whether all values are numbers. */
+static int largest_of_lanes(const float *x, long n, long lanes, float *maxima) {
     int nan = 0;
     for (long j = 0; j < lanes; j++) maxima[j] = x[j];
     for (long i = 0; i < n; i += lanes) {
@@ -62,8 +59,11 @@ static int topk_row(const float *x, long n, long k, long lanes, float *maxima, e
             maxima[j] = x[i + j] > maxima[j] ? x[i + j] : maxima[j];
         }
     }
-    if (nan) return 0;
-    float least = threshold(maxima, lanes, k);
+    return !nan;
+}
+
+/* The values of x[n] that are at least `least`. Returns how many; one more may be written. */
+static long reaching(const float *x, long n, long lanes, const float *maxima, float least, entry *candidate) {
     long count = 0;
     for (long j = 0; j < lanes; j++)
         if (maxima[j] >= least)
@@ -71,6 +71,21 @@ static int topk_row(const float *x, long n, long k, long lanes, float *maxima, e
                 candidate[count] = (entry){x[at], at};
                 count += x[at] >= least;
             }
+    return count;
+}
+
+static long lanes_of(long n, long k) {
+    long lanes = (long)sqrt((double)n * k) / 16 * 16;
+    return lanes < 2 * k ? n : lanes;
+}
+
+/* The k largest of x[n], largest first. Returns whether all values are numbers; otherwise nothing is written.
+ * Only lanes whose maxima are among the k largest can hold one of the k largest values: if another did, each of those k
+ * lanes would hold a value at least as large. */
+static int topk_row(const float *x, long n, long k, float *maxima, entry *candidate, float *values, int64_t *indices) {
+    long lanes = lanes_of(n, k);
+    if (!largest_of_lanes(x, n, lanes, maxima)) return 0;
+    long count = reaching(x, n, lanes, maxima, threshold(maxima, lanes, k), candidate);
     ranked(candidate, maxima, count, k, values, indices); /* maxima are not needed any more */
     return 1;
 }
@@ -114,11 +129,12 @@ typedef struct {
     int64_t *indices, *places;
 } choice;
 
-/* Makes the choice of row r, x[n]; `memory` holds 2 n + 2 entries. Returns whether all values are numbers. */
+/* Makes the choice of row r, x[n]; without the top k where k is 0. `memory` holds 2 n + 2 entries. Returns whether all
+ * values are numbers. */
 static int choose(const choice *to, const float *x, long r, entry *memory) {
-    long n = to->n, k = to->k, m = to->m, most = to->most, lanes = (long)sqrt((double)n * k) / 16 * 16, count = 0;
+    long n = to->n, k = to->k, m = to->m, most = to->most, count = 0;
     float *row = (float *)(memory + n + 1);
-    if (!topk_row(x, n, k, lanes < 2 * k ? n : lanes, row, memory, to->values + r * k, to->indices + r * k)) return 0;
+    if (k && !topk_row(x, n, k, row, memory, to->values + r * k, to->indices + r * k)) return 0;
     if (to->z) largest_row(x, to->columns, m, most, to->z + r * m);
     if (!to->others) return 1;
     float *others = to->others + r * most;
@@ -149,98 +165,168 @@ int topk(const float *x, long rows, const choice *to) {
 }
 
 #if !defined __AVX2__ || !defined __FMA__ || defined __AVX512F__
-const long wide = 0; /* there is no `encode` */
+const long high = 0, wide = 0; /* there is no `encode` */
 #else
+#include <immintrin.h>
 #include <sys/mman.h>
-#include <xmmintrin.h>
 
-/* The product x W^T + bias for `encode`. Latents stand in panels of WIDE, whose weights lie beside each other; HIGH tokens
- * times WIDE sums stay in registers while they take in DEEP numbers of d. That is made for 256-bit vectors, where PyTorch's
- * library reaches half of what the processor can; for wider ones the library is good. */
-enum { HIGH = 6, WIDE = 16, DEEP = 256 };
-const long wide = WIDE;
-typedef float vector __attribute__((vector_size(4 * WIDE / 2), aligned(4)));
+/* `encode`: exact top k of x W^T + bias, most of it in whole numbers of 16 bits, of which the processor multiplies twice as many
+ * at a time as of floats. Each row of x and of W is divided by its scale and rounded, so that its norm is about NORM:
+ *     x = s (q + e)    w = t (p + f)    x . w = s t (q . p + q . f + e . (p + f))    |q . f + e . (p + f)| <= |q| |f| + |e| |p + f|
+ * which bounds each pre-activation from above and below. Only latents whose upper bound reaches the k-th largest lower
+ * bound can be among the k largest: a few more than k. Their pre-activations are computed from x and W themselves.
+ * No sum of products can overflow: none of its parts exceeds |q| |p|, about 2^30.
+ *
+ * Latents stand in panels of WIDE, whose numbers lie beside each other, two by two; HIGH tokens times WIDE sums stay in
+ * registers. That is made for vectors of 256 bits, where PyTorch's library reaches half of what the processor can. */
+enum { HIGH = 6, WIDE = 16 };
+const long high = HIGH, wide = WIDE;
+static const float NORM = 32000;
+typedef float floats __attribute__((vector_size(32), aligned(4)));
+typedef int32_t integers __attribute__((vector_size(32), aligned(4)));
 
-/* A panel: to[d][WIDE] from rows[there][d]; what is missing is 0. */
-static void beside(const float *rows, long there, long d, float *to) {
-    long whole = there < WIDE ? 0 : d / 4 * 4;
-    for (long j = 0; j < whole; j += 4)
-        for (long i = 0; i < WIDE; i += 4) {
-            __m128 part[4];
-            for (long c = 0; c < 4; c++) part[c] = _mm_loadu_ps(rows + (i + c) * d + j);
-            _MM_TRANSPOSE4_PS(part[0], part[1], part[2], part[3]);
-            for (long c = 0; c < 4; c++) _mm_storeu_ps(to + (j + c) * WIDE + i, part[c]);
+/* Rounds x[d] to whole[d] as above; says its scale, and |e|, not too low. Returns whether its norm allows that. */
+static int rounded(const float *x, long d, int16_t *whole, float *scale, float *missed) {
+    float square = 0, rest = 0;
+#pragma omp simd reduction(+ : square)
+    for (long c = 0; c < d; c++) square += x[c] * x[c];
+    if (!(square > 1e-30f && square < 1e30f)) {
+        *scale = *missed = 0;
+        for (long c = 0; c < d; c++) {
+            whole[c] = 0;
+            if (x[c] != 0) return 0; /* too small, too large, or not a number */
         }
-    for (long j = whole; j < d; j++)
-        for (long i = 0; i < WIDE; i++) to[j * WIDE + i] = i < there ? rows[i * d + j] : 0;
+        return 1;
+    }
+    float factor = NORM / sqrtf(square);
+#pragma omp simd reduction(+ : rest)
+    for (long c = 0; c < d; c++) {
+        float exact = x[c] * factor, near = (exact + 12582912.0f) - 12582912.0f;
+        whole[c] = (int16_t)(int32_t)near;
+        rest += (exact - near) * (exact - near);
+    }
+    *scale = 1 / factor;
+    *missed = sqrtf(rest) * 1.01f + 0.01f;
+    return 1;
 }
 
-/* to[HIGH][WIDE] = from[HIGH][WIDE] + x[HIGH][deep] panel[deep][WIDE]; the rows are so far apart. */
-static void block(const float *from, long apart_from, const float *x, long apart_x, const float *panel, long deep, float *to,
-                  long apart) {
-    vector sum[HIGH][2];
+/* A panel: to[pairs][WIDE] from rows[WIDE][pairs]; a pair is copied as one number of 32 bits. */
+static void beside(const int32_t *rows, long pairs, int32_t *to) {
+    for (long j = 0; j < pairs; j++)
+        for (long i = 0; i < WIDE; i++) to[j * WIDE + i] = rows[i * pairs + j];
+}
+
+/* Upper bounds to[HIGH][WIDE] of pre-activations of x[pairs][HIGH] and a panel; rows of `to` are so far `apart`. */
+static void block(const int32_t *x, const float *scales, const float *bounds, const int32_t *panel, long pairs,
+                  const float *panel_scales, const float *bias, float *to, long apart) {
+    __m256i sum[HIGH][2];
 #pragma GCC unroll 6
-    for (int i = 0; i < HIGH; i++)
-        for (int half = 0; half < 2; half++)
-            sum[i][half] = *(const vector *)(from + i * apart_from + half * WIDE / 2);
-    for (long j = 0; j < deep; j++, x++, panel += WIDE) {
-        vector left = *(const vector *)panel, right = *(const vector *)(panel + WIDE / 2);
+    for (int i = 0; i < HIGH; i++) sum[i][0] = sum[i][1] = _mm256_setzero_si256();
+    for (long j = 0; j < pairs; j++, x += HIGH, panel += WIDE) {
+        __m256i left = *(const __m256i_u *)panel, right = *(const __m256i_u *)(panel + WIDE / 2);
 #pragma GCC unroll 6
         for (int i = 0; i < HIGH; i++) {
-            sum[i][0] += x[i * apart_x] * left;
-            sum[i][1] += x[i * apart_x] * right;
+            __m256i both = _mm256_set1_epi32(x[i]);
+            sum[i][0] = _mm256_add_epi32(sum[i][0], _mm256_madd_epi16(both, left));
+            sum[i][1] = _mm256_add_epi32(sum[i][1], _mm256_madd_epi16(both, right));
+            __asm__("" : "+x"(sum[i][0]), "+x"(sum[i][1])); /* or the compiler takes all products first, and has no room */
         }
     }
 #pragma GCC unroll 6
     for (int i = 0; i < HIGH; i++)
-        for (int half = 0; half < 2; half++) *(vector *)(to + i * apart + half * WIDE / 2) = sum[i][half];
-}
-
-/* The product for x[there][d], into rows of `pre` that are `apart`; `last` has room for HIGH rows of x. */
-static void product(const float *x, long there, long d, const float *start, const float *panels, long padded, float *last,
-                    float *pre, long apart) {
-    long whole = there / HIGH * HIGH, groups = (there + HIGH - 1) / HIGH;
-    for (long i = 0; i < HIGH * d; i++) last[i] = whole * d + i < there * d ? x[whole * d + i] : 0;
-    for (long p = 0; p < padded; p += WIDE)
-        for (long j = 0; j < d; j += DEEP) {
-            long deep = d - j < DEEP ? d - j : DEEP, share = (deep + groups - 1) / groups * WIDE;
-            const float *now = panels + p * d + j * WIDE, *soon = now + deep * WIDE;
-            for (long i = 0; i < there; i += HIGH) {
-                float *to = pre + i * apart + p;
-                for (const float *end = soon + share; soon < end; soon += WIDE) __builtin_prefetch(soon, 0, 2);
-                block(j ? to : start + p, j ? apart : 0, (i < whole ? x + i * d : last) + j, d, now, deep, to, apart);
-            }
+        for (int half = 0; half < 2; half++) {
+            floats product = __builtin_convertvector((integers)sum[i][half], floats) + bounds[i];
+            floats scale = *(const floats *)(panel_scales + half * WIDE / 2) * scales[i];
+            *(floats *)(to + i * apart + half * WIDE / 2) = product * scale + *(const floats *)(bias + half * WIDE / 2);
         }
 }
 
-/* `topk` of x[rows][d] W[n][d]^T + bias[n], `tall` rows of it at a time in each thread. `room` is for so many bytes:
- * padded (d + 1) numbers, padded being n rounded up to WIDE, and for each of the threads (tall + HIGH) (padded + WIDE). */
-int encode(const float *x, long rows, long d, long threads, long tall, const float *W, const float *bias, float *room,
+/* Pre-activations of the candidates, four at a time; of zeros (`d` 0) they are the bias. */
+static void exactly(const float *x, long d, const float *W, long width, const float *bias, entry *candidate, long count) {
+    for (long i = 0; i < count; i += 4) {
+        const float *w[4];
+        float a = 0, b = 0, c = 0, e = 0;
+        for (int j = 0; j < 4; j++) w[j] = W + candidate[i + j < count ? i + j : i].index * width;
+#pragma omp simd reduction(+ : a, b, c, e)
+        for (long at = 0; at < d; at++) {
+            a += x[at] * w[0][at];
+            b += x[at] * w[1][at];
+            c += x[at] * w[2][at];
+            e += x[at] * w[3][at];
+        }
+        float found[4] = {a, b, c, e};
+        for (int j = 0; j < 4 && i + j < count; j++) candidate[i + j].value = found[j] + bias[candidate[i + j].index];
+    }
+}
+
+/* `topk` of x[rows][d] W[n][d]^T + bias[n], `tall` rows of it at a time, a multiple of HIGH, in each thread. `room` is for so
+ * many bytes: with n rounded up to WIDE and d to 2, n (d / 2 + 2) numbers, and for each of the threads tall (n + WIDE + d / 2 + 2) +
+ * WIDE d / 2. Returns 0, or 1 where a number is not finite, or too large or small a row, or 2 where memory is short. */
+int encode(const float *x, long rows, long d, long threads, long tall, const float *W, const float *bias, int32_t *room,
            long bytes, const choice *to) {
-    long n = to->n, padded = (n + WIDE - 1) / WIDE * WIDE, page = 1 << 21;
+    long n = to->n, k = to->k, lanes = lanes_of(n, k), page = 1 << 21;
+    long padded = (n + WIDE - 1) / WIDE * WIDE, pairs = (d + 1) / 2;
     long apart = padded + WIDE; /* rows that are 2^i apart get in each other's way in the cache */
-    float *start = room + padded * d, *rest = start + padded;
+    int32_t *panels = room;
+    float *start = (float *)(panels + padded * pairs), *scales = start + padded, *rest = scales + padded;
     uintptr_t first_page = ((uintptr_t)room + page - 1) / page * page, last_page = ((uintptr_t)room + bytes) / page * page;
     if (first_page < last_page) madvise((void *)first_page, last_page - first_page, MADV_HUGEPAGE); /* fewer to look up */
+    float rounding = (d / 8 + 16) * 1.2e-7f * NORM * NORM, most_missed = 0; /* of floats, in sums and in `block` */
     int bad = 0;
-    for (long i = 0; i < padded; i++) start[i] = bias && i < n ? bias[i] : 0;
 #pragma omp parallel reduction(| : bad) num_threads(threads)
     {
-        float *pre = rest + omp_get_thread_num() * (tall + HIGH) * apart, *last = malloc(HIGH * d * sizeof(float));
-        entry *memory = malloc((2 * n + 2) * sizeof(entry));
-        if (!last || !memory) bad = 2;
-#pragma omp for schedule(static)
-        for (long p = 0; p < padded; p += WIDE) beside(W + p * d, n - p < WIDE ? n - p : WIDE, d, room + p * d);
+        float *upper = rest + omp_get_thread_num() * (tall * (apart + pairs + 2) + WIDE * pairs), worst = 0, missed;
+        float *x_scales = upper + tall * apart, *bounds = x_scales + tall;
+        int32_t *x_whole = (int32_t *)(bounds + tall), *one = x_whole + tall * pairs;
+        entry *candidate = malloc((2 * n + 2) * sizeof(entry));
+        float *maxima = (float *)(candidate + n + 1), *lower = maxima + n + 1;
+        if (!candidate) bad = 2;
+        for (long i = 0; i < WIDE; i++) one[i * pairs + pairs - 1] = 0; /* where d is odd */
+#pragma omp for schedule(static) nowait
+        for (long p = 0; p < padded; p += WIDE) {
+            for (long i = 0; i < WIDE; i++) {
+                long latent = p + i < n ? p + i : n - 1;
+                bad |= !rounded(W + latent * d, d, (int16_t *)(one + i * pairs), scales + p + i, &missed);
+                worst = missed > worst ? missed : worst;
+                start[p + i] = bias ? bias[latent] : 0;
+                bad |= !(fabsf(start[p + i]) < 1e30f);
+            }
+            beside(one, pairs, panels + p * pairs);
+        }
+#pragma omp critical
+        most_missed = worst > most_missed ? worst : most_missed;
+#pragma omp barrier
 #pragma omp for schedule(dynamic, 1)
         for (long first = 0; first < rows; first += tall) {
             if (bad) continue;
             long there = rows - first < tall ? rows - first : tall;
-            product(x + first * d, there, d, start, room, padded, last, pre, apart);
-            for (long i = 0; i < there; i++)
-                if (!bad) bad = !choose(to, pre + i * apart, first + i, memory);
+            for (long i = 0; i < tall; i++) {
+                if (i < there) bad |= !rounded(x + (first + i) * d, d, (int16_t *)one, x_scales + i, &missed);
+                bounds[i] = (NORM + missed) * most_missed + NORM * missed + rounding;
+                for (long j = 0; j < pairs; j++) x_whole[(i / HIGH * pairs + j) * HIGH + i % HIGH] = one[j];
+            }
+            for (long p = 0; p < padded; p += WIDE) {
+                const int32_t *panel = panels + p * pairs, *soon = panel + WIDE * pairs;
+                long groups = (there + HIGH - 1) / HIGH, share = (pairs + groups - 1) / groups * WIDE;
+                for (long i = 0; i < there; i += HIGH) {
+                    for (const int32_t *end = soon + share; soon < end; soon += WIDE) __builtin_prefetch(soon, 0, 2);
+                    block(x_whole + i * pairs, x_scales + i, bounds + i, panel, pairs, scales + p, start + p,
+                          upper + i * apart + p, apart);
+                }
+            }
+            for (long i = 0; i < there && !bad; i++) {
+                const float *row = upper + i * apart, *from = x + (first + i) * d;
+                largest_of_lanes(row, n, lanes, maxima);
+                long count = reaching(row, n, lanes, maxima, threshold(maxima, lanes, k), candidate);
+                for (long j = 0; j < count; j++)
+                    lower[j] = candidate[j].value - 2.001f * bounds[i] * x_scales[i] * scales[candidate[j].index] -
+                               3e-7f * fabsf(candidate[j].value);
+                count = reaching(row, n, lanes, maxima, threshold(lower, count, k), candidate);
+                exactly(from, x_scales[i] ? d : 0, W, d, start, candidate, count);
+                ranked(candidate, maxima, count, k, to->values + (first + i) * k, to->indices + (first + i) * k);
+            }
         }
-        free(last);
-        free(memory);
+        free(candidate);
     }
     return bad;
 }
@@ -317,12 +403,12 @@ void sorted(const int64_t *indices, long pairs, long n, long parts, int64_t *cou
 }
 
 /* Four pairs of one latent whose weights are w: adds their sums to the rows of both gradients, returns that of dz. The last
- * of them may be copies with `active` 0; their dz is left out by `there`. */
-static float four(const float *const *from, const float *const *source, const float *active, int there, const float *w,
-                  long d, float *restrict decoder, float *restrict encoder) {
+ * of them may be copies whose `active` and `factor` are 0. */
+static float four(const float *const *from, const float *const *source, const float *active, const float *factor,
+                  const float *w, long d, float *restrict decoder, float *restrict encoder) {
     const float *f0 = from[0], *f1 = from[1], *f2 = from[2], *f3 = from[3];
     const float *x0 = source[0], *x1 = source[1], *x2 = source[2], *x3 = source[3];
-    float z0 = active[0], z1 = active[1], z2 = active[2], z3 = active[3], d0 = 0, d1 = 0, d2 = 0, d3 = 0;
+    float z0 = active[0] * factor[0], z1 = active[1] * factor[1], z2 = active[2] * factor[2], z3 = active[3] * factor[3], d0 = 0, d1 = 0, d2 = 0, d3 = 0;
 #pragma omp simd reduction(+ : d0, d1, d2, d3)
     for (long c = 0; c < d; c++) {
         d0 += f0[c] * w[c];
@@ -330,9 +416,10 @@ static float four(const float *const *from, const float *const *source, const fl
         d2 += f2[c] * w[c];
         d3 += f3[c] * w[c];
     }
-    if (there < 2) d1 = 0;
-    if (there < 3) d2 = 0;
-    if (there < 4) d3 = 0;
+    d0 *= factor[0];
+    d1 *= factor[1];
+    d2 *= factor[2];
+    d3 *= factor[3];
     for (long c = 0; c < d; c++) {
         decoder[c] += z0 * f0[c] + z1 * f1[c] + z2 * f2[c] + z3 * f3[c];
         encoder[c] += d0 * x0[c] + d1 * x1[c] + d2 * x2[c] + d3 * x3[c];
@@ -341,13 +428,15 @@ static float four(const float *const *from, const float *const *source, const fl
 }
 
 /* Gradients of one row of both matrices for every latent, from the pairs (token, latent) sorted by latent:
- *     decoder[i] = sum z * g[token]      encoder[i] = sum dz * x[token]      latent[i] = sum dz      dz = (z > 0) g[token] . W[i]
- * over `sets` of latents z and gradients g, one behind the other, that share their pairs; order / k is the token. */
+ *     decoder[i] = sum z f g      encoder[i] = sum dz x      latent[i] = sum dz      dz = (z > 0) f g . W[i]
+ * g and x being rows and f a factor of the token, which is order / k, over `sets` of z, f and g, one behind the other, that
+ * share their pairs. */
 void gradients(long n, long d, long k, long tokens, long sets, const int64_t *starts, const int64_t *order, const float *z,
-               const float *g, const float *x, const float *W, float *decoder, float *encoder, float *latent) {
+               const float *g, const float *factors, const float *x, const float *W, float *decoder, float *encoder,
+               float *latent) {
 #pragma omp parallel for schedule(dynamic, 64)
     for (long i = 0; i < n; i++) {
-        float *to_decoder = decoder + i * d, *to_encoder = encoder + i * d, total = 0, active[4];
+        float *to_decoder = decoder + i * d, *to_encoder = encoder + i * d, total = 0, active[4], factor[4];
         const float *from[4], *source[4];
         int there = 0;
         for (long c = 0; c < d; c++) to_decoder[c] = to_encoder[c] = 0;
@@ -355,6 +444,7 @@ void gradients(long n, long d, long k, long tokens, long sets, const int64_t *st
             long token = order[p] / k;
             for (long s = 0; s < sets; s++) {
                 active[there] = z[s * tokens * k + order[p]];
+                factor[there] = factors[s * tokens + token];
                 from[there] = g + (s * tokens + token) * d;
                 source[there] = x + token * d;
                 for (long c = 0; c < d; c += 16) {
@@ -363,16 +453,16 @@ void gradients(long n, long d, long k, long tokens, long sets, const int64_t *st
                 }
                 there += active[there] > 0;
                 if (there < 4) continue;
-                total += four(from, source, active, there, W + i * d, d, to_decoder, to_encoder);
+                total += four(from, source, active, factor, W + i * d, d, to_decoder, to_encoder);
                 there = 0;
             }
         }
         for (int other = there; there && other < 4; other++) {
-            active[other] = 0;
+            active[other] = factor[other] = 0;
             from[other] = from[0];
             source[other] = source[0];
         }
-        if (there) total += four(from, source, active, there, W + i * d, d, to_decoder, to_encoder);
+        if (there) total += four(from, source, active, factor, W + i * d, d, to_decoder, to_encoder);
         latent[i] = total;
     }
 }

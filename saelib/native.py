@@ -27,8 +27,8 @@ from torch import Tensor
 from saelib.profile import BUILD
 
 SOURCE = Path(__file__).with_name("kernels.c")
-HIGH, TALL = 6, 144
-"""Rows that the product of `kernels.c` takes at once, and about so many whose pre-activations a thread holds."""
+TALL = 96
+"""About so many rows stand in a thread's memory while `encode` of `kernels.c` chooses among their pre-activations."""
 FLAGS = ["-O3", "-march=native", "-fPIC", "-fopenmp", "-fno-math-errno"]
 
 
@@ -105,22 +105,27 @@ class _Choice(ctypes.Structure):
     ]
 
 
-def _choice(like: Tensor, rows: int, n: int, k: int, columns: Tensor | None, most: int, to: Tensor | tuple) -> tuple:
-    """Room for the top k of so many rows, and what tells the kernels of it; None where they do not take it."""
+def _choice(rows: int, n: int, k: int, columns: Tensor | None, most: int, to: Tensor | tuple | None) -> tuple:
+    """Room for the top k of so many rows, what tells the kernels of it, and the kernels, if they take that."""
     z, (others, places) = (to, (None, None)) if isinstance(to, Tensor) else (None, to or (None, None))
-    floats, integers = ([x for x in some if x is not None] for some in ((like, z, others), (columns, places)))
-    kernels = _usable(*floats, places=integers) if 1 <= k <= n // 4 else None
-    values, indices = like.new_empty(rows, k), torch.empty(rows, k, dtype=torch.int64)
+    values, indices = torch.empty(rows, k), torch.empty(rows, k, dtype=torch.int64)
+    floats, integers = ([x for x in some if x is not None] for some in ((z, others), (columns, places)))
     pointers = [None if x is None else x.data_ptr() for x in (columns, values, z, others, indices, places)]
-    return kernels, values, indices, _Choice(n, k, 0 if columns is None else len(columns), most, *pointers)
+    choice = _Choice(n, k, 0 if columns is None else len(columns), most, *pointers)
+    return values, indices, choice, _usable(*floats, places=integers)
 
 
 def topk(
     x: Float[Tensor, "rows n"], k: int, columns: Int[Tensor, "m"] | None = None, most: int = 0,
     to: Tensor | tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Float[Tensor, "rows k"], Int[Tensor, "rows k"]] | None:  # fmt: skip
-    """`ops.topk_and_largest`, or None where the kernel does not apply: wide selections, and what is not a number."""
-    kernels, values, indices, choice = _choice(x, *x.shape, k, columns, most, to)
+    """`ops.topk_and_largest`, or None where the kernel does not apply: wide selections, and what is not a number.
+
+    With k = 0 it is `ops.largest`, of some columns.
+    """
+    if k > x.shape[1] // 4 or _usable(x) is None:
+        return None
+    values, indices, choice, kernels = _choice(*x.shape, k, columns, most, to)
     if kernels is None or kernels.topk(*_arguments(x, len(x)), ctypes.byref(choice)):
         return None
     return values, indices
@@ -128,21 +133,21 @@ def topk(
 
 def encode(
     x: Float[Tensor, "rows d_model"], W_enc: Float[Tensor, "n d_model"], bias: Float[Tensor, "n"] | None, k: int,
-    columns: Int[Tensor, "m"], most: int, to: Tensor | tuple[Tensor, Tensor] | None,
     room: Callable[..., Tensor] = torch.empty,
 ) -> tuple[Float[Tensor, "rows k"], Int[Tensor, "rows k"]] | None:  # fmt: skip
-    """`ops.encode`, or None where `topk` would be or where PyTorch's product is the faster one.
+    """`ops.topk` of the pre-activations; None where the kernel does not apply, or PyTorch's product is the faster one.
 
     `room` makes a tensor of some size.
     """
-    kernels, values, indices, choice = _choice(x, len(x), len(W_enc), k, columns, most, to)
-    given = [x, W_enc] if bias is None else [x, W_enc, bias]
-    if kernels is None or _usable(*given) is None or not (wide := ctypes.c_long.in_dll(kernels, "wide").value):
+    (rows, d), n, threads = x.shape, len(W_enc), torch.get_num_threads()
+    kernels = _usable(*([x, W_enc] if bias is None else [x, W_enc, bias])) if 1 <= k <= n // 4 else None
+    high, wide = (ctypes.c_long.in_dll(kernels, name).value if kernels else 0 for name in ("high", "wide"))
+    if not wide:
         return None
-    (rows, d), padded, threads = x.shape, -(-len(W_enc) // wide) * wide, torch.get_num_threads()
     tall = -(-rows // (threads * -(-rows // (threads * TALL))))  # as many blocks for each thread
-    tall = -(-tall // HIGH) * HIGH
-    memory = room(padded * (d + 1) + threads * (tall + HIGH) * (padded + wide))
+    tall, padded, pairs = -(-tall // high) * high, -(-n // wide) * wide, -(-d // 2)
+    memory = room(padded * (pairs + 2) + threads * (tall * (padded + wide + pairs + 2) + wide * pairs))
+    values, indices, choice, _ = _choice(rows, n, k, None, 0, None)
     given = x, rows, d, threads, tall, W_enc, bias, memory, memory.nbytes
     return None if kernels.encode(*_arguments(*given), ctypes.byref(choice)) else (values, indices)
 
@@ -184,13 +189,13 @@ def normalized(
     return out, mean, scale
 
 
-def gradients(starts, order, z, g, x, W_dec, to_dec, to_enc, to_latent) -> bool:
+def gradients(starts, order, z, g, factors, x, W_dec, to_dec, to_enc, to_latent) -> bool:
     """`ops.gradients` for sorted pairs; False where the kernel does not apply."""
-    kernels = _usable(z, g, x, W_dec, to_dec, to_enc, to_latent, places=(starts, order))
+    kernels = _usable(z, g, factors, x, W_dec, to_dec, to_enc, to_latent, places=(starts, order))
     if kernels is not None:
         sets, tokens, k = z.shape
         sizes = (*W_dec.shape, k, tokens, sets)
-        kernels.gradients(*_arguments(*sizes, starts, order, z, g, x, W_dec, to_dec, to_enc, to_latent))
+        kernels.gradients(*_arguments(*sizes, starts, order, z, g, factors, x, W_dec, to_dec, to_enc, to_latent))
     return kernels is not None
 
 

@@ -135,16 +135,17 @@ def dense(sae: SAE, x: Float[Tensor, "batch d_model"], recipe: Recipe, constant:
     return Terms(loss.detach(), mse.detach(), aux.detach(), active.sum() / len(x), active.any(0))
 
 
+def _squares(x: Float[Tensor, "batch d_model"]) -> Float[Tensor, "batch"]:
+    """Squared norms of rows, in one pass."""
+    return torch.linalg.vector_norm(x, dim=1).square_()
+
+
 def _per_spread(e: Float[Tensor, "batch d_model"], over_tokens: Callable[[Tensor], Tensor]) -> Tensor:
     """1 / sum over tokens of |e - mean e|^2; 0 where all errors are equal: one token teaches AuxK nothing."""
     total = over_tokens(torch.cat([e.sum(0), e.new_tensor([len(e)]), e.square().sum()[None]]))
     e = e - total[:-2] / total[-2]
-    spread = over_tokens(torch.linalg.vecdot(e, e).sum())
+    spread = over_tokens(_squares(e).sum())
     return torch.where(spread > torch.finfo(e.dtype).eps * total[-1], 1 / spread, 0)
-
-
-def _times(x: Float[Tensor, "batch d_model"], weight: Tensor | None, factor: Tensor | float) -> Tensor:
-    return x * factor if weight is None else x * (factor * weight)
 
 
 class Sparse:
@@ -164,7 +165,8 @@ class Sparse:
     def __call__(self, x: Float[Tensor, "batch d_model"], dead: Tensor) -> Terms:
         sae, recipe, world = self.sae, self.recipe, self.world
         normalized, _, scale = sae.normalized(x)
-        weight = scale.square() if recipe.loss_space == "raw" and scale is not None else None
+        raw = recipe.loss_space == "raw" and scale is not None
+        weight = scale[:, 0].square() if raw else x.new_ones(len(x))  # of a token's squared error
         per_token = 1 / (len(x) * world.parts * self.constant)
         centred = torch.sub(normalized, sae.pre_bias, out=None if normalized is x else normalized)
         weights = sae.W_enc.data if recipe.precision == "float32" else sae.W_enc.bfloat16()
@@ -179,29 +181,27 @@ class Sparse:
         z = world.keep(values, recipe.k).relu()
         error, mse = self._error(z, indices, centred, weight)  # x - x_hat
         mse = mse * per_token
-        g = _times(error, weight, -2 * per_token)[None]
-        loss, active = mse, z[None]
+        loss, active, g, factors = mse, z[None], error[None], (-2 * per_token * weight)[None]
         if recipe.multi_topk:
             z_wide = world.keep(values, wide).relu()
             error_wide, wide_mse = self._error(z_wide, indices, centred, weight)
             loss = mse + wide_mse * per_token / 8
-            g = torch.stack([g[0], _times(error_wide, weight, -per_token / 4)])
-            active = torch.stack([z, z_wide])
-        self.d_latent = ops.gradients(indices, active, g, centred, sae.W_dec, sae.W_dec.grad, sae.W_enc.grad)
+            active, g = torch.stack([z, z_wide]), torch.stack([error, error_wide])
+            factors = torch.cat([factors, factors / 8])
+        self.d_latent = ops.gradients(indices, active, g, factors, centred, sae.W_dec, sae.W_dec.grad, sae.W_enc.grad)
         aux = x.new_zeros(())
         if number:
-            aux = self._auxiliary(to if seen else None, encoder, centred, error, buried, most, weight)
+            aux = self._auxiliary(to, seen, encoder, centred, error, buried, most, weight)
             loss = loss + recipe.aux_coefficient * aux
-        self._biases(g.sum((0, 1)))
+        self._biases(factors.view(-1) @ g.view(-1, g.shape[-1]))
         fired = z.new_zeros(sae.n_latents).index_add_(0, indices.reshape(-1), z.reshape(-1)) > 0
         l0 = world.over_tokens(world.over_latents((z > 0).sum() / len(x))) / world.parts
         return Terms(loss, mse, aux, l0, world.over_tokens(fired.int(), dist.ReduceOp.MAX).bool())
 
-    def _error(self, z: Tensor, indices: Tensor, centred: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _error(self, z: Tensor, indices: Tensor, centred: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         """x - x_hat, and its squares summed over all tokens."""
         error = self._residuals(centred, z, indices, self.sae.W_dec)
-        squares = torch.linalg.vecdot(error, error)
-        return error, self.world.over_tokens((squares if weight is None else squares * weight[:, 0]).sum())
+        return error, self.world.over_tokens(_squares(error) @ weight)
 
     def _residuals(self, x: Tensor, z: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
         """What all shards' latents leave of x: each takes what its own make from its part of it."""
@@ -216,53 +216,52 @@ class Sparse:
         return self.memory("dead", rows, buried) if number and whole else None
 
     def _auxiliary(
-        self, chosen: Float[Tensor, "batch dead"] | ops.Chosen | None, encoder: ops.Encoder,
+        self, chosen: Float[Tensor, "batch dead"] | ops.Chosen | None, seen: bool, encoder: ops.Encoder,
         centred: Float[Tensor, "batch d_model"], error: Float[Tensor, "batch d_model"], dead: Int[Tensor, "dead"],
-        k: int, weight: Tensor | None,
+        k: int, weight: Float[Tensor, "batch"],
     ) -> Tensor:  # fmt: skip
         """AuxK: adds its gradients, by the latents that act where these are few, and otherwise by dense products.
 
-        The latter in tiles of rows, as the encoder's product; without `chosen` each tile makes its choice first.
+        In tiles of rows, as the encoder's product. Each makes its choice first, if `chosen` has not `seen` to that.
         """
-        per_spread = _per_spread(error if weight is None else error * weight.sqrt(), self.world.over_tokens)
-        W_dec, squares = self.sae.W_dec[dead], error.new_zeros(())
-        factor = 2 * self.recipe.aux_coefficient * per_spread
-        if isinstance(chosen, tuple):
-            squares = self._auxiliary_few(*chosen, centred, error, W_dec, dead, k, weight, factor)
-            return self.world.over_tokens(squares) * per_spread
-        buried = encoder.rows(dead) if chosen is None else None
+        per_spread, squares = _per_spread(error * weight.sqrt()[:, None], self.world.over_tokens), error.new_zeros(())
+        factors = 2 * self.recipe.aux_coefficient * per_spread * weight
+        few, buried = isinstance(chosen, tuple), None if seen else encoder.rows(dead)
+        W_dec = self.sae.W_dec[dead] if seen or few else ops.some(self.sae.W_dec, dead)
         for rows in ops.tiles(len(error), self.sae.n_latents):
-            if chosen is None:
-                pre = buried(centred[rows])
-                ops.largest(pre, k, z := self.memory("dead", *pre.shape))
-            part = None if weight is None else weight[rows]
-            given = z if chosen is None else chosen
-            squares += self._auxiliary_tile(given, centred[rows], error[rows], W_dec, dead, k, part, factor)
+            given = chosen
+            if few:
+                given = chosen[0][rows], chosen[1][rows]
+            elif not seen:
+                given = self.memory("dead", rows.stop - rows.start, len(W_dec))
+            if not seen:
+                ops.largest(buried(centred[rows]), k, given)
+            rest = centred[rows], error[rows], W_dec, dead, k, weight[rows], factors[rows]
+            squares += self._auxiliary_few(*given, *rest) if few else self._auxiliary_tile(given, *rest)
         return self.world.over_tokens(squares) * per_spread
 
     def _auxiliary_few(
         self, z: Float[Tensor, "batch k"], places: Int[Tensor, "batch k"], centred: Float[Tensor, "batch d_model"],
         error: Float[Tensor, "batch d_model"], W_dec: Float[Tensor, "dead d_model"], dead: Int[Tensor, "dead"], k: int,
-        weight: Tensor | None, factor: Tensor,
+        weight: Float[Tensor, "batch"], factors: Float[Tensor, "batch"],
     ) -> Tensor:  # fmt: skip
-        """Adds the gradients, scaled by `factor` / 2; returns the sum of squared errors."""
+        """Adds the gradients, `factors` / 2 times those of squared errors; returns the weighted sum of these."""
         sae = self.sae
         z = self.world.keep(z, k)
         left = self._residuals(error, z, places, W_dec)
-        squares = torch.linalg.vecdot(left, left)
         if len(dead):  # of this shard
-            to_dec, to_enc, g = torch.empty_like(W_dec), torch.empty_like(W_dec), _times(left, weight, -factor)
-            d_latent = ops.gradients(places, z[None], g[None], centred, W_dec, to_dec, to_enc)
+            to_dec, to_enc = torch.empty_like(W_dec), torch.empty_like(W_dec)
+            d_latent = ops.gradients(places, z[None], left[None], -factors[None], centred, W_dec, to_dec, to_enc)
             for whole, found in ((sae.W_dec.grad, to_dec), (sae.W_enc.grad, to_enc), (self.d_latent, d_latent)):
                 whole.index_add_(0, dead, found)
-        return (squares if weight is None else squares * weight[:, 0]).sum()
+        return _squares(left) @ weight
 
     def _auxiliary_tile(
         self, z: Float[Tensor, "rows dead"], centred: Float[Tensor, "rows d_model"],
         error: Float[Tensor, "rows d_model"], W_dec: Float[Tensor, "dead d_model"], dead: Int[Tensor, "dead"], k: int,
-        weight: Tensor | None, factor: Tensor,
+        weight: Float[Tensor, "rows"], factors: Float[Tensor, "rows"],
     ) -> Tensor:  # fmt: skip
-        """The same of some rows, by dense products."""
+        """The same by dense products. `W_dec` may have more rows, of zeros."""
         sae, world = self.sae, self.world
         if world.shards > 1:  # every shard offers k of its own; zeros do no harm
             values, indices = z.topk(min(k, len(dead)))
@@ -270,14 +269,14 @@ class Sparse:
             z = torch.zeros_like(z).scatter_(1, indices, kept[:, : values.shape[1]])
         difference = torch.mm(z, W_dec, out=self.memory("difference", *error.shape))
         difference = world.over_latents(difference).sub_(error)
-        squares = torch.linalg.vecdot(difference, difference)
-        g = difference.mul_(factor if weight is None else factor * weight)
+        squares = _squares(difference) @ weight
+        g = difference.mul_(factors[:, None])
         d_z = torch.mm(g, W_dec.T, out=self.memory("pre", *z.shape))  # where pre-activations were
         torch.ops.aten.threshold_backward.grad_input(d_z, z, 0, grad_input=d_z)  # in one pass: 0 where z is
-        sae.W_dec.grad.index_add_(0, dead, (g.T @ z).T)  # this way round the product is faster
-        sae.W_enc.grad.index_add_(0, dead, (centred.T @ d_z).T)
-        self.d_latent.index_add_(0, dead, d_z.sum(0))
-        return (squares if weight is None else squares * weight[:, 0]).sum()
+        sae.W_dec.grad.index_add_(0, dead, (g.T @ z).T[: len(dead)])  # this way round the product is faster
+        sae.W_enc.grad.index_add_(0, dead, (centred.T @ d_z).T[: len(dead)])
+        self.d_latent.index_add_(0, dead, d_z.sum(0)[: len(dead)])
+        return squares
 
     def _biases(self, g: Float[Tensor, "d_model"]) -> None:
         """Gradients of the biases; then those of all parameters summed over the processes."""

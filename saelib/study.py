@@ -47,16 +47,19 @@ class Refined(NamedTuple):
 
     mse: float
     """Normalised MSE with the best values."""
+    se: float
+    """Its standard error over contexts; 0 where the tokens are not told apart by context."""
     norm: float
     """Mean norm of z W_dec with them, over that with the SAE's own: above 1 where the SAE shrinks."""
 
 
 @torch.no_grad()
-def refined(sae: SAE, x: Float[Tensor, "tokens d_model"], rounds: int = 500) -> Refined:
+def refined(sae: SAE, x: Float[Tensor, "*contexts tokens d_model"], rounds: int = 500) -> Refined:
     """The best non-negative values for the latents that the SAE chose, its decoder unchanged (section 5.1).
 
     Non-negative least squares on each token's own support: projected gradient with Nesterov's momentum.
     """
+    shape, x = (-1, *x.shape[-2:]), x.flatten(0, -2)
     z = sae.encode(x, dense=True).values
     x, _, _ = sae.normalized(x)
     own, support = z.topk(max(1, int((z > 0).sum(1).max())))
@@ -71,8 +74,8 @@ def refined(sae: SAE, x: Float[Tensor, "tokens d_model"], rounds: int = 500) -> 
         best, ahead = moved, moved + number / (number + 3) * (moved - best)
     found, before = ((values.mT @ directions)[:, 0] for values in (best, own[:, :, None]))
     estimate = NormalizedMse()
-    estimate.add(x[None], (found + sae.pre_bias)[None])
-    return Refined(estimate.result().value, (found.norm(dim=1).mean() / before.norm(dim=1).mean()).item())
+    estimate.add(x.view(shape), (found + sae.pre_bias).view(shape))
+    return Refined(*estimate.result(), (found.norm(dim=1).mean() / before.norm(dim=1).mean()).item())
 
 
 def outliers(sae: SAE, x: Float[Tensor, "tokens d_model"]) -> float:

@@ -90,12 +90,13 @@ def pairs(seed, tokens, n, k, how):
 def test_gradients_equal_dense_products(seed, tokens, n, k, d, sets, how):
     values, indices = pairs(seed, tokens, n, min(k, n), how)
     z = torch.stack([values.relu(), 0.5 * (values - 0.3).relu()][:sets])
-    g, x, weight = numbers(seed + 1, (sets, tokens, d), (tokens, d), (n, d))
+    g, factors, x, weight = numbers(seed + 1, (sets, tokens, d), (sets, tokens), (tokens, d), (n, d))
     dense = [torch.zeros(tokens, n, device=DEVICE).scatter(1, indices, one).double() for one in z]
-    d_pre = sum((grad.double() @ weight.double().T) * (active > 0) for grad, active in zip(g, dense, strict=True))
+    scaled = g.double() * factors.double()[..., None]
+    d_pre = sum((grad @ weight.double().T) * (active > 0) for grad, active in zip(scaled, dense, strict=True))
     found = [torch.full((n, d), torch.nan, device=DEVICE) for _ in range(2)]
-    latent = ops.gradients(indices, z, g, x, weight, *found)
-    same(found[0], sum(active.T @ grad.double() for grad, active in zip(g, dense, strict=True)))
+    latent = ops.gradients(indices, z, g, factors, x, weight, *found)
+    same(found[0], sum(active.T @ grad for grad, active in zip(scaled, dense, strict=True)))
     same(found[1], d_pre.T @ x.double())
     same(latent, d_pre.sum(0))
 
@@ -103,7 +104,7 @@ def test_gradients_equal_dense_products(seed, tokens, n, k, d, sets, how):
 def test_bits_repeat_and_a_latent_of_every_token_is_cut_into_segments():
     tokens, n, k, d = 30, 4, 2, 20
     values, indices = pairs(0, tokens, n, k, "always")
-    z, (g, x, weight) = values.relu()[None], numbers(1, (1, tokens, d), (tokens, d), (n, d))
+    z, (g, factors, x, weight) = values.relu()[None], numbers(1, (1, tokens, d), (1, tokens), (tokens, d), (n, d))
     latents = indices.reshape(-1).to(torch.int32).sort().values
     starts = torch.searchsorted(latents, torch.arange(n + 2, dtype=torch.int32, device=DEVICE))
     owner, place = kernels_triton._work(starts, tokens * k)
@@ -112,7 +113,7 @@ def test_bits_repeat_and_a_latent_of_every_token_is_cut_into_segments():
     runs = []
     for _ in range(2):
         to_dec, to_enc = (torch.empty(n, d, device=DEVICE) for _ in range(2))
-        latent = ops.gradients(indices, z, g, x, weight, to_dec, to_enc)
+        latent = ops.gradients(indices, z, g, factors, x, weight, to_dec, to_enc)
         runs.append((to_dec, to_enc, latent, ops.decode(z[0], indices, weight)))
     assert all(torch.equal(one, other) for one, other in zip(*runs, strict=True))
 
