@@ -126,6 +126,16 @@ def mean(values: Float[Tensor, "n *rest"], where: Bool[Tensor, "n *rest"] | None
     return ratio(values.where(weight > 0, 0), weight)
 
 
+def median(draws: Float[Tensor, "n"]) -> Estimate:
+    """Median of independent draws. Standard error: the number of draws below it varies by half the root of n, so half
+    the distance between those that lie so many places to either side. 0 where these are equal.
+    """
+    reach = 0.5 / math.sqrt(len(draws))
+    places = torch.tensor([0.5 - reach, 0.5, 0.5 + reach], dtype=torch.float64, device=draws.device)
+    low, value, high = precise(draws).quantile(places).tolist()
+    return Estimate(value, (high - low) / 2)
+
+
 class Reconstruction(NamedTuple):
     """What one pass over activations says about an SAE."""
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from saelib import UserError, metrics
-from saelib.metrics import NormalizedMse, blocks, evaluate, mean, ratio, reconstruct
+from saelib.metrics import NormalizedMse, blocks, evaluate, mean, median, ratio, reconstruct
 from saelib.sae import SAE
 
 
@@ -113,6 +113,16 @@ def test_standard_error_of_a_ratio():
     spread = np.std([value for value, _ in found])
     assert np.mean([se for _, se in found]) == pytest.approx(spread, rel=0.1)
     assert ratio(whole[0] / 4, whole[0]) == pytest.approx((0.25, 0))
+
+
+def test_standard_error_of_a_median():
+    """On average that of medians of fresh draws, here the textbook's for a bell; the median itself is the usual one."""
+    found = [median(data(500, seed=seed)) for seed in range(200)]
+    expected = math.sqrt(math.pi / 2 / 500)
+    assert np.mean([one.se for one in found]) == pytest.approx(expected, rel=0.05)
+    assert np.std([one.value for one in found]) == pytest.approx(expected, rel=0.15)
+    assert found[0].value == pytest.approx(np.median(data(500)))
+    assert median(torch.tensor([1.0] * 9 + [2.0])) == (1, 0) and median(torch.tensor([3.0])) == (3, 0)
 
 
 def test_means_count_what_they_are_told_to_and_nothing_hides():

@@ -9,7 +9,7 @@ import torch
 from scipy import stats
 
 from saelib import UserError, report, study, train
-from saelib.metrics import evaluate
+from saelib.metrics import NormalizedMse, evaluate
 from saelib.profile import Recipe, load_profile
 from saelib.sae import SAE
 
@@ -69,6 +69,15 @@ def test_nothing_to_refine_changes_nothing():
     found = study.refined(identity(), x)
     assert found.norm == pytest.approx(1, rel=1e-5)
     assert found.mse == pytest.approx(study.at_other_k(identity(), [x[None]], [3])[0], rel=1e-4)
+
+
+def test_contexts_say_how_sure_the_refined_error_is():
+    """The error is the same as without them. With nothing to refine, so is its standard error."""
+    x, as_it_is = data(320).view(32, 10, D), NormalizedMse()
+    as_it_is.add(x, identity()(x))
+    found, without = study.refined(identity(), x), study.refined(identity(), x.flatten(0, 1))
+    assert found.mse == pytest.approx(without.mse) and found.norm == pytest.approx(without.norm)
+    assert found.se == pytest.approx(as_it_is.result().se, rel=1e-3) and without.se == pytest.approx(0)
 
 
 def test_outlier_severity():
