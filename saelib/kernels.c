@@ -129,12 +129,18 @@ typedef struct {
     int64_t *indices, *places;
 } choice;
 
+static int numbers(const float *x, long n) {
+    int nan = 0;
+    for (long j = 0; j < n; j++) nan |= x[j] != x[j];
+    return !nan;
+}
+
 /* Makes the choice of row r, x[n]; without the top k where k is 0. `memory` holds 2 n + 2 entries. Returns whether all
  * values are numbers. */
 static int choose(const choice *to, const float *x, long r, entry *memory) {
     long n = to->n, k = to->k, m = to->m, most = to->most, count = 0;
     float *row = (float *)(memory + n + 1);
-    if (k && !topk_row(x, n, k, row, memory, to->values + r * k, to->indices + r * k)) return 0;
+    if (!(k ? topk_row(x, n, k, row, memory, to->values + r * k, to->indices + r * k) : numbers(x, n))) return 0;
     if (to->z) largest_row(x, to->columns, m, most, to->z + r * m);
     if (!to->others) return 1;
     float *others = to->others + r * most;
@@ -190,7 +196,7 @@ static int rounded(const float *x, long d, int16_t *whole, float *scale, float *
     float square = 0, rest = 0;
 #pragma omp simd reduction(+ : square)
     for (long c = 0; c < d; c++) square += x[c] * x[c];
-    if (!(square > 1e-30f && square < 1e30f)) {
+    if (!(square > 1e-24f && square < 1e30f)) {
         *scale = *missed = 0;
         for (long c = 0; c < d; c++) {
             whole[c] = 0;

@@ -29,7 +29,7 @@ from saelib.profile import BUILD
 SOURCE = Path(__file__).with_name("kernels.c")
 TALL = 96
 """About so many rows stand in a thread's memory while `encode` of `kernels.c` chooses among their pre-activations."""
-FLAGS = ["-O3", "-march=native", "-fPIC", "-fopenmp", "-fno-math-errno"]
+FLAGS = ["-O3", "-march=native", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-strict-aliasing"]
 
 
 @functools.cache
@@ -108,7 +108,7 @@ class _Choice(ctypes.Structure):
 def _choice(rows: int, n: int, k: int, columns: Tensor | None, most: int, to: Tensor | tuple | None) -> tuple:
     """Room for the top k of so many rows, what tells the kernels of it, and the kernels, if they take that."""
     z, (others, places) = (to, (None, None)) if isinstance(to, Tensor) else (None, to or (None, None))
-    values, indices = torch.empty(rows, k), torch.empty(rows, k, dtype=torch.int64)
+    values, indices = (torch.empty(rows, k, dtype=kind, device="cpu") for kind in (torch.float32, torch.int64))
     floats, integers = ([x for x in some if x is not None] for some in ((z, others), (columns, places)))
     pointers = [None if x is None else x.data_ptr() for x in (columns, values, z, others, indices, places)]
     choice = _Choice(n, k, 0 if columns is None else len(columns), most, *pointers)
@@ -140,7 +140,7 @@ def encode(
     `room` makes a tensor of some size.
     """
     (rows, d), n, threads = x.shape, len(W_enc), torch.get_num_threads()
-    kernels = _usable(*([x, W_enc] if bias is None else [x, W_enc, bias])) if 1 <= k <= n // 4 else None
+    kernels = _usable(*([x, W_enc] if bias is None else [x, W_enc, bias])) if rows and 1 <= k <= n // 4 else None
     high, wide = (ctypes.c_long.in_dll(kernels, name).value if kernels else 0 for name in ("high", "wide"))
     if not wide:
         return None

@@ -137,7 +137,7 @@ def encode(
     x: Float[Tensor, "batch d_model"], encoder: Encoder, k: int, columns: Int[Tensor, "m"], most: int,
     to: Float[Tensor, "batch m"] | Chosen | None = None,
 ) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"], bool]:  # fmt: skip
-    """`topk_and_largest` of the pre-activations, never holding more than `PRODUCT` of them.
+    """`topk_and_largest` of the pre-activations, never holding more than `PRODUCT` of them, or some rows per thread.
 
     Without `to`, and where one kernel chooses while it multiplies, the columns are not looked at; the last value says
     whether they were.

@@ -139,7 +139,7 @@ def test_the_compiled_encoder_finds_what_a_plain_one_does(multiplying, seed, row
         case "equal":
             W[:] = W[:1].clone()
         case "small":
-            W, x = W * 1e-9, x * 1e-6
+            W, x = W * 1e-3, x * 1e-4
     values, indices = native.encode(x, W, bias, k)
     exact = x.double() @ W.double().T + (0 if bias is None else bias.double())
     size = x.double().norm(dim=1)[:, None] * W.double().norm(dim=1) + (0 if bias is None else bias.abs())
@@ -168,6 +168,15 @@ def test_the_compiled_encoder_leaves_what_it_cannot_bound_to_torch(multiplying, 
     values, indices, _ = ops.encode(given["x"], ops.Encoder(given["W"], given["bias"]), 3, torch.arange(0), 0)
     pre = torch.addmm(given["bias"], given["x"], given["W"].T)
     torch.testing.assert_close(values, pre.gather(1, indices), equal_nan=True)
+    torch.testing.assert_close(values, pre.topk(3).values, equal_nan=True)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_largest_shows_what_is_not_a_number(sign):
+    x, z = torch.ones(3, 40), torch.empty(3, 40)
+    x[1, 7] = math.copysign(math.nan, sign)
+    ops.largest(x, 2, z)
+    assert z[1].isnan().any() and not z[[0, 2]].isnan().any()
 
 
 @settings(max_examples=100, deadline=None)
