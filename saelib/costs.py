@@ -303,7 +303,7 @@ def training(c: Cost, recipe: Recipe) -> Memory:
         "weights, gradients, two moments, average": 5 * 4 * sae_parameters(recipe, d) + 8 * n,
         "weights in bfloat16": 2 * n * d * (recipe.precision == "bfloat16"),
         "two blocks of activations": 2 * c.profile.activations.block * (4 * kept * d + 16 * context),
-        "vectors of a batch": batch * (6 * 4 * d + 48 * recipe.k),
+        "vectors of a batch": batch * ((5 if c.device == "cpu" else 6) * 4 * d + 48 * recipe.k),
         "a tile of pre-activations": min(tile, 4 * rows * n),
         "dead latents": (2 * tile + 3 * 4 * n * d) * bool(recipe.k_aux),
     }
