@@ -74,6 +74,7 @@ static long reaching(const float *x, long n, long lanes, const float *maxima, fl
     return count;
 }
 
+/* So many lanes that their maxima take about as long to look through as the lanes that are left. */
 static long lanes_of(long n, long k) {
     long lanes = (long)sqrt((double)n * k) / 16 * 16;
     return lanes < 2 * k ? n : lanes;
@@ -129,6 +130,7 @@ typedef struct {
     int64_t *indices, *places;
 } choice;
 
+/* Whether all values are numbers. */
 static int numbers(const float *x, long n) {
     int nan = 0;
     for (long j = 0; j < n; j++) nan |= x[j] != x[j];
@@ -414,7 +416,8 @@ static float four(const float *const *from, const float *const *source, const fl
                   const float *w, long d, float *restrict decoder, float *restrict encoder) {
     const float *f0 = from[0], *f1 = from[1], *f2 = from[2], *f3 = from[3];
     const float *x0 = source[0], *x1 = source[1], *x2 = source[2], *x3 = source[3];
-    float z0 = active[0] * factor[0], z1 = active[1] * factor[1], z2 = active[2] * factor[2], z3 = active[3] * factor[3], d0 = 0, d1 = 0, d2 = 0, d3 = 0;
+    float z0 = active[0] * factor[0], z1 = active[1] * factor[1], z2 = active[2] * factor[2], z3 = active[3] * factor[3];
+    float d0 = 0, d1 = 0, d2 = 0, d3 = 0;
 #pragma omp simd reduction(+ : d0, d1, d2, d3)
     for (long c = 0; c < d; c++) {
         d0 += f0[c] * w[c];
